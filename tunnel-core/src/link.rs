@@ -1,0 +1,681 @@
+//! One link: a byte stream made into a place where streams can be opened, with a heartbeat.
+//!
+//! [`Link::connect`] and [`Link::accept`] shake hands; then one task per link runs the control stream, beside the
+//! multiplexer's. [`Link`] owns both tasks and tells its owner what happens; [`LinkHandle`] is cheap to clone and opens
+//! streams. When the link ends, for whatever reason, all its streams are aborted at once.
+
+use std::{
+    fmt, io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{
+    mux::{LastHeard, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
+    proto::{
+        clean_text,
+        control::{Control, ControlError, Event, Rtt},
+        ends::Aborted,
+        frame::{self, FrameError},
+        messages::{AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, Update, Welcome},
+    },
+    stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
+};
+
+/// Encoded control messages wait for the multiplexer up to about this many bytes.
+const CONTROL_BUFFER: usize = 4 * 1024;
+/// Things that happened to a link may wait for its owner up to this many; then the control stream waits too.
+const EVENTS_WAITING: usize = 8;
+/// An orderly close may take this long before the connection is dropped.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Limits of one link.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkConfig {
+    /// Hello and Welcome must be exchanged within this time.
+    pub handshake_timeout: Duration,
+    /// Longest heartbeat period that a dialer accepts from its gateway.
+    pub max_heartbeat: Duration,
+    /// Streams at once; more are refused one by one.
+    pub max_streams: usize,
+    /// Bytes by which all receive windows of the link together may grow beyond 256 KiB a stream.
+    pub window_budget: usize,
+    /// When a stream's bytes have ended, how long its confirmation on the control stream may take. After that the
+    /// stream counts as aborted.
+    pub end_timeout: Duration,
+    /// Whether the far side may open streams. If not, each is refused.
+    pub accept_streams: bool,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(10),
+            max_heartbeat: Duration::from_secs(60),
+            max_streams: 1024,
+            window_budget: 64 << 20,
+            end_timeout: Duration::from_secs(10),
+            accept_streams: true,
+        }
+    }
+}
+
+impl LinkConfig {
+    /// Most bytes that one link's receive buffers can hold.
+    pub fn worst_case_memory(&self) -> usize {
+        self.max_streams * crate::mux::STREAM_WINDOW + self.window_budget
+    }
+
+    fn mux(&self) -> MuxConfig {
+        MuxConfig { max_streams: self.max_streams, window_budget: self.window_budget }
+    }
+}
+
+/// Why a link ended.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The far side closed it in an orderly way.
+    #[error("the far side closed the link")]
+    ClosedByPeer,
+    /// This side closed it.
+    #[error("closed here: {0}")]
+    ClosedHere(String),
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// The control stream's rules were broken, or it fell silent.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// Bytes that are not this protocol.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// Bytes that are not even the multiplexer's.
+    #[error("not the link protocol: {0}")]
+    Protocol(String),
+}
+
+impl LinkError {
+    /// A short name for metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::ClosedByPeer => "closed_by_peer",
+            Self::ClosedHere(_) => "closed_here",
+            Self::Broken(_) => "broken",
+            Self::Control(ControlError::Silent { .. }) => "silent",
+            Self::Control(ControlError::HandshakeTimeout) => "handshake_timeout",
+            Self::Control(_) | Self::Frame(_) | Self::Protocol(_) => "protocol",
+        }
+    }
+}
+
+impl From<MuxError> for LinkError {
+    fn from(error: MuxError) -> Self {
+        match error {
+            MuxError::ClosedByPeer => Self::ClosedByPeer,
+            MuxError::Io(error) => Self::Broken(crate::tls::explain(&error)),
+            MuxError::Protocol(text) => Self::Protocol(text),
+        }
+    }
+}
+
+/// Why a dialer got no link.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The gateway said no.
+    #[error("the gateway rejected the link: {}", .0.text)]
+    Rejected(Reject),
+    /// The link ended before it was up.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
+/// Why a stream could not be opened.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The edge said no.
+    #[error("{text}")]
+    Refused {
+        /// The edge's reason, by kind.
+        code: RefusalCode,
+        /// The edge's reason, for people.
+        text: String,
+    },
+    /// All streams of the link are in use.
+    #[error("the link carries as many streams as it may ({max})")]
+    Overloaded {
+        /// The maximum.
+        max: usize,
+    },
+    /// The far side is about to leave.
+    #[error("the edge is draining")]
+    Draining,
+    /// No answer in time.
+    #[error("the edge did not answer within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    /// The link went away.
+    #[error("the link was lost: {0}")]
+    LinkLost(String),
+    /// The far side broke the protocol.
+    #[error("the edge's answer was unusable: {0}")]
+    Protocol(String),
+}
+
+/// What is asked of the far side for one stream.
+#[derive(Clone, Debug, Default)]
+pub struct OpenRequest {
+    /// `host:port` to dial, as the ingress was asked for it.
+    pub target: String,
+    /// Names the request in the logs of every process on its way.
+    pub request_id: String,
+    /// W3C trace context, empty if there is none.
+    pub traceparent: String,
+    /// Which ingress took it.
+    pub ingress: Ingress,
+    /// Who asked.
+    pub caller: String,
+    /// Peer links only: whose edge shall dial.
+    pub node: String,
+}
+
+/// What happens to a link.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// The far side opens a stream.
+    Stream(Incoming),
+    /// The far side takes no new streams.
+    Draining(Drain),
+    /// Grants or hints have changed.
+    Updated(Update),
+    /// The end; nothing follows.
+    Closed(LinkError),
+}
+
+/// Opens streams on a link and asks about it. Outlives the link harmlessly: everything fails once it has ended.
+#[derive(Clone)]
+pub struct LinkHandle {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    mux: MuxHandle,
+    streams: Arc<Streams>,
+    max_streams: usize,
+    next_number: AtomicU64,
+    peer_draining: AtomicBool,
+    requests: Mutex<Requests>,
+    requested: Notify,
+    rtt: watch::Sender<Option<Rtt>>,
+}
+
+/// What the handles want of the control task. One of each is enough.
+#[derive(Default)]
+struct Requests {
+    drain: Option<Drain>,
+    update: Option<Update>,
+    close: Option<String>,
+}
+
+impl fmt::Debug for LinkHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkHandle").field("active_streams", &self.active_streams()).finish_non_exhaustive()
+    }
+}
+
+impl LinkHandle {
+    /// Opens a stream: returns it and the address that was dialled once the far side has connected the target.
+    ///
+    /// Cancel-safe: dropping the future tells the far side to give up, at whatever step it is.
+    pub async fn open(
+        &self,
+        request: OpenRequest,
+        timeout: Duration,
+    ) -> Result<(TunnelStream, String), OpenError> {
+        let shared = &self.shared;
+        if shared.peer_draining.load(Relaxed) {
+            return Err(OpenError::Draining);
+        }
+        let overloaded = || OpenError::Overloaded { max: shared.max_streams };
+        let permit = shared.streams.permit().ok_or_else(overloaded)?;
+        let exchange = async {
+            let mux = shared.mux.open().await.map_err(|failed| match failed {
+                OpenFailed::Ended => OpenError::LinkLost(self.end_reason()),
+                OpenFailed::TooMany => overloaded(),
+            })?;
+            let open = Open {
+                stream: shared.next_number.fetch_add(2, Relaxed),
+                target: request.target,
+                request_id: request.request_id,
+                traceparent: request.traceparent,
+                ingress: request.ingress.into(),
+                caller: clean_text(&request.caller),
+                node: request.node,
+                timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
+            };
+            let opened = stream::open(mux, shared.streams.clone(), permit, &open).await;
+            opened.map(|(stream, opened)| (stream, opened.address)).map_err(|error| self.open_error(error))
+        };
+        tokio::time::timeout(timeout, exchange).await.unwrap_or(Err(OpenError::TimedOut(timeout)))
+    }
+
+    fn open_error(&self, error: OpenStreamError) -> OpenError {
+        match error {
+            OpenStreamError::Refused(refused) => match refused.code() {
+                RefusalCode::Draining => OpenError::Draining,
+                code => OpenError::Refused { code, text: clean_text(&refused.text) },
+            },
+            OpenStreamError::Header(HeaderError::Io(_) | HeaderError::Truncated) => {
+                OpenError::LinkLost(self.end_reason())
+            }
+            OpenStreamError::Header(error) => OpenError::Protocol(error.to_string()),
+        }
+    }
+
+    fn end_reason(&self) -> String {
+        let ended = self.shared.streams.ended();
+        ended.map_or_else(|| "the stream was reset".to_owned(), ToString::to_string)
+    }
+
+    /// Tells the far side to send no new streams; running ones have until `deadline` from now.
+    pub fn drain(&self, deadline: Duration, reason: &str) {
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        self.shared.requests.lock().drain = Some(Drain { deadline_ms, reason: reason.to_owned() });
+        self.shared.requested.notify_one();
+    }
+
+    /// Tells the edge its new grants or cluster hints.
+    pub fn update(&self, update: Update) {
+        self.shared.requests.lock().update = Some(update);
+        self.shared.requested.notify_one();
+    }
+
+    /// Ends the link in an orderly way. Streams that still run are aborted.
+    pub fn close(&self, reason: &str) {
+        self.shared.requests.lock().close = Some(reason.to_owned());
+        self.shared.requested.notify_one();
+    }
+
+    /// Whether the far side has asked for no more streams.
+    pub fn peer_draining(&self) -> bool {
+        self.shared.peer_draining.load(Relaxed)
+    }
+
+    /// Streams that have not ended.
+    pub fn active_streams(&self) -> usize {
+        self.shared.streams.active()
+    }
+
+    /// Whether the link has ended.
+    pub fn is_closed(&self) -> bool {
+        self.shared.streams.ended().is_some()
+    }
+
+    /// Round-trip times, once a heartbeat has come back.
+    pub fn rtt(&self) -> Option<Rtt> {
+        *self.shared.rtt.borrow()
+    }
+}
+
+/// A running link. Dropping it ends the link at once and aborts its streams.
+#[derive(Debug)]
+pub struct Link {
+    handle: LinkHandle,
+    inbound: mpsc::Receiver<MuxStream>,
+    events: mpsc::Receiver<LinkEvent>,
+    control: AbortOnDropHandle<LinkError>,
+    accept_streams: bool,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let reason = Aborted::new(AbortCode::LinkLost, "the link was dropped");
+        self.handle.shared.streams.end_all(reason);
+    }
+}
+
+impl Link {
+    /// Makes a link of a connection that this side dialled: sends `hello` and waits for the gateway's answer.
+    ///
+    /// Cancel-safe: dropping the future drops the connection.
+    pub async fn connect<T>(io: T, hello: Hello, config: LinkConfig) -> Result<(Self, Welcome), ConnectError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let now = Instant::now().into_std();
+        let control = Control::dialer(hello, now, config.handshake_timeout, config.max_heartbeat);
+        let mux = Mux::start(io, Side::Dialer, config.mux());
+        let Ok(stream) = mux.handle.open().await else { return Err(mux_end(mux.task).await.into()) };
+        let mut channel = ControlChannel::new(control, stream, mux.heard.clone());
+        match channel.next_event().await {
+            Ok(Event::Established(welcome)) => Ok((Self::start(Side::Dialer, mux, channel, config), welcome)),
+            Ok(Event::Rejected(reject)) => Err(ConnectError::Rejected(reject)),
+            Ok(_) => Err(LinkError::Protocol("an event before the welcome".to_owned()).into()),
+            Err(error) => Err(mux_cause(error, mux.task).await.into()),
+        }
+    }
+
+    /// Takes a connection that an edge dialled, as far as its `Hello`.
+    ///
+    /// Cancel-safe: dropping the future drops the connection.
+    pub async fn accept<T>(io: T, config: LinkConfig) -> Result<PendingLink, LinkError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let now = Instant::now();
+        let control = Control::acceptor(now.into_std(), config.handshake_timeout);
+        let mut mux = Mux::start(io, Side::Acceptor, config.mux());
+        let first = tokio::time::timeout_at(now + config.handshake_timeout, mux.inbound.recv()).await;
+        let stream = match first {
+            Ok(Some(stream)) => stream,
+            Ok(None) => return Err(mux_end(mux.task).await),
+            Err(_) => return Err(ControlError::HandshakeTimeout.into()),
+        };
+        let mut channel = ControlChannel::new(control, stream, mux.heard.clone());
+        match channel.next_event().await {
+            Ok(Event::Hello(hello)) => Ok(PendingLink { hello, mux, channel, config }),
+            Ok(_) => Err(LinkError::Protocol("an event before the hello".to_owned())),
+            Err(error) => Err(mux_cause(error, mux.task).await),
+        }
+    }
+
+    fn start(side: Side, mux: Mux, channel: ControlChannel, config: LinkConfig) -> Self {
+        let streams = Arc::new(Streams::new(side, config.max_streams, config.end_timeout));
+        let first_number = if side == Side::Dialer { 1 } else { 2 };
+        let handle = LinkHandle {
+            shared: Arc::new(Shared {
+                mux: mux.handle,
+                streams,
+                max_streams: config.max_streams,
+                next_number: AtomicU64::new(first_number),
+                peer_draining: AtomicBool::new(false),
+                requests: Mutex::default(),
+                requested: Notify::new(),
+                rtt: watch::Sender::new(None),
+            }),
+        };
+        let (events, received) = mpsc::channel(EVENTS_WAITING);
+        let task = ControlTask { channel, mux: mux.task, shared: handle.shared.clone(), events };
+        let control = AbortOnDropHandle::new(tokio::spawn(task.run()));
+        let accept_streams = config.accept_streams;
+        Self { handle, inbound: mux.inbound, events: received, control, accept_streams }
+    }
+
+    /// A handle to open streams with.
+    pub fn handle(&self) -> LinkHandle {
+        self.handle.clone()
+    }
+
+    /// What happens next. Cancel-safe. After [`LinkEvent::Closed`] it must not be called again.
+    pub async fn next(&mut self) -> LinkEvent {
+        loop {
+            // Events first: a drain counts for the streams behind it.
+            let mut stream = tokio::select! {
+                biased;
+                Some(event) = self.events.recv() => return event,
+                Some(stream) = self.inbound.recv() => stream,
+                end = &mut self.control => {
+                    let panicked = |_| LinkError::Broken("the link's task was stopped".to_owned());
+                    return LinkEvent::Closed(end.unwrap_or_else(panicked));
+                }
+            };
+            if !self.accept_streams {
+                refuse_unread(&mut stream, RefusalCode::Unsupported, "this side takes no streams");
+                continue;
+            }
+            let streams = self.handle.shared.streams.clone();
+            match streams.permit() {
+                Some(permit) => return LinkEvent::Stream(Incoming::new(stream, streams, permit)),
+                None => refuse_unread(&mut stream, RefusalCode::Overloaded, "too many streams on this link"),
+            }
+        }
+    }
+}
+
+/// A connection whose edge has said hello and waits to be welcomed or rejected.
+pub struct PendingLink {
+    hello: Hello,
+    mux: Mux,
+    channel: ControlChannel,
+    config: LinkConfig,
+}
+
+impl fmt::Debug for PendingLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingLink").field("hello", &self.hello).finish_non_exhaustive()
+    }
+}
+
+impl PendingLink {
+    /// What the edge said. Its claims are not yet to be believed.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Takes the link. The welcome's heartbeat period holds for both sides.
+    pub fn welcome(mut self, welcome: Welcome) -> Result<Link, LinkError> {
+        // An edge that takes fewer streams than this side would open is believed.
+        let edge_max = usize::try_from(self.hello.max_streams).unwrap_or(usize::MAX);
+        let max_streams =
+            if edge_max == 0 { self.config.max_streams } else { self.config.max_streams.min(edge_max) };
+        self.channel.control.welcome(Instant::now().into_std(), welcome)?;
+        let config = LinkConfig { max_streams, ..self.config };
+        Ok(Link::start(Side::Acceptor, self.mux, self.channel, config))
+    }
+
+    /// Declines the link, tells the edge why and closes the connection.
+    pub async fn reject(mut self, reject: Reject) {
+        self.channel.control.reject(reject);
+        self.channel.fill(None);
+        let farewell = async {
+            let _ = self.channel.writer.write_all_buf(&mut self.channel.out).await;
+            self.mux.handle.close().await;
+            let _ = (&mut self.mux.task).await;
+        };
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, farewell).await;
+    }
+}
+
+/// The control state machine and the stream it speaks on.
+struct ControlChannel {
+    control: Control,
+    reader: ReadHalf<MuxStream>,
+    writer: WriteHalf<MuxStream>,
+    heard: Arc<LastHeard>,
+    input: BytesMut,
+    out: BytesMut,
+}
+
+impl ControlChannel {
+    fn new(control: Control, stream: MuxStream, heard: Arc<LastHeard>) -> Self {
+        let (reader, writer) = tokio::io::split(stream);
+        Self { control, reader, writer, heard, input: BytesMut::new(), out: BytesMut::new() }
+    }
+
+    /// Encodes what is to be sent: the state machine's messages first, then those of the streams.
+    /// Whether something still waits for room.
+    fn fill(&mut self, streams: Option<&Streams>) -> bool {
+        while let Some(message) = self.control.poll_transmit() {
+            if let Err(error) = frame::encode(&message, &mut self.out) {
+                tracing::error!(%error, "a control message is too long and was not sent");
+            }
+        }
+        streams.is_some_and(|streams| streams.drain_outbox(&mut self.out, CONTROL_BUFFER))
+    }
+
+    /// Decodes one whole message that has arrived already, if there is one.
+    fn decode(&mut self) -> Result<bool, LinkError> {
+        let Some(message) = frame::decode(&mut self.input)? else { return Ok(false) };
+        self.control.handle_message(Instant::now().into_std(), message)?;
+        Ok(true)
+    }
+
+    /// Before the link is up: exchanges messages until something happens.
+    async fn next_event(&mut self) -> Result<Event, LinkError> {
+        loop {
+            if let Some(event) = self.control.poll_event() {
+                return Ok(event);
+            }
+            if self.decode()? {
+                continue;
+            }
+            self.fill(None);
+            let due = self.control.poll_timeout().map(Instant::from_std);
+            tokio::select! {
+                biased;
+                read = self.reader.read_buf(&mut self.input) => check_read(read)?,
+                written = self.writer.write_buf(&mut self.out), if !self.out.is_empty() => {
+                    written.map_err(broken)?;
+                }
+                () = sleep_until(due) => self.control.handle_timeout(Instant::now().into_std())?,
+            }
+        }
+    }
+}
+
+fn check_read(read: io::Result<usize>) -> Result<(), LinkError> {
+    match read {
+        Ok(0) => Err(LinkError::ClosedByPeer),
+        Ok(_) => Ok(()),
+        Err(error) => Err(broken(error)),
+    }
+}
+
+/// Runs the control stream of an established link until the link ends.
+struct ControlTask {
+    channel: ControlChannel,
+    mux: AbortOnDropHandle<Result<(), MuxError>>,
+    shared: Arc<Shared>,
+    events: mpsc::Sender<LinkEvent>,
+}
+
+impl ControlTask {
+    async fn run(mut self) -> LinkError {
+        let error = self.serve().await;
+        let error = match error {
+            LinkError::ClosedHere(reason) => {
+                let abort = Aborted::new(AbortCode::LinkLost, format!("the link was closed: {reason}"));
+                self.shared.streams.end_all(abort);
+                self.shared.mux.close().await;
+                let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut self.mux).await;
+                LinkError::ClosedHere(reason)
+            }
+            error => mux_cause(error, self.mux).await,
+        };
+        let abort = Aborted::new(AbortCode::LinkLost, format!("the link was lost: {error}"));
+        self.shared.streams.end_all(abort);
+        error
+    }
+
+    async fn serve(&mut self) -> LinkError {
+        loop {
+            match self.step().await {
+                Ok(()) => {}
+                Err(error) => return error,
+            }
+        }
+    }
+
+    /// One turn: handles what has arrived, encodes what is to go, then waits for the next thing to happen.
+    async fn step(&mut self) -> Result<(), LinkError> {
+        let Self { channel, shared, .. } = self;
+        while let Some(event) = channel.control.poll_event() {
+            handle_event(shared, &self.events, event).await;
+        }
+        if channel.decode()? {
+            return Ok(());
+        }
+        // Whatever can be told is told before the link closes.
+        let closing = take_requests(shared, &mut channel.control);
+        let more_waits = channel.fill(Some(&shared.streams));
+        if let Some(reason) = closing {
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, channel.writer.write_all_buf(&mut channel.out)).await;
+            return Err(LinkError::ClosedHere(reason));
+        }
+        let due = channel.control.poll_timeout().map(Instant::from_std);
+        // Writing first: what is ready to go should not wait behind what comes.
+        tokio::select! {
+            biased;
+            written = channel.writer.write_buf(&mut channel.out), if !channel.out.is_empty() => {
+                written.map_err(broken)?;
+            }
+            read = channel.reader.read_buf(&mut channel.input) => check_read(read)?,
+            () = shared.streams.outbox_filled(), if !more_waits => {}
+            () = shared.requested.notified() => {}
+            () = sleep_until(due) => {
+                channel.control.heard(channel.heard.at().into_std());
+                channel.control.handle_timeout(Instant::now().into_std())?;
+            }
+        }
+        shared
+            .rtt
+            .send_if_modified(|rtt| std::mem::replace(rtt, channel.control.rtt()) != channel.control.rtt());
+        Ok(())
+    }
+}
+
+async fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
+    let event = match event {
+        Event::End(end) => return shared.streams.handle_end(&end),
+        Event::Abort(abort) => return shared.streams.handle_abort(&abort),
+        Event::Draining(drain) => {
+            shared.peer_draining.store(true, Relaxed);
+            LinkEvent::Draining(drain)
+        }
+        Event::Updated(update) => LinkEvent::Updated(update),
+        // The state machine gives these only during the handshake.
+        Event::Hello(_) | Event::Established(_) | Event::Rejected(_) => return,
+    };
+    // Bounded: an owner that does not listen must not stop the heartbeat.
+    let _ = events.try_send(event);
+}
+
+/// Hands the state machine what the handles asked for. The reason to close, if one was given.
+fn take_requests(shared: &Shared, control: &mut Control) -> Option<String> {
+    let Requests { drain, update, close } = std::mem::take(&mut *shared.requests.lock());
+    if let Some(drain) = drain {
+        control.drain(drain);
+    }
+    if let Some(update) = update {
+        control.update(update);
+    }
+    close
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+fn broken(error: io::Error) -> LinkError {
+    LinkError::Broken(error.to_string())
+}
+
+/// Why the multiplexer ended, which says more than that the control stream did.
+async fn mux_end(task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
+    match tokio::time::timeout(CLOSE_TIMEOUT, task).await {
+        Ok(Ok(Err(error))) => error.into(),
+        _ => LinkError::ClosedByPeer,
+    }
+}
+
+/// `error`, or what is behind it if it only says that the control stream ended.
+async fn mux_cause(error: LinkError, task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
+    match error {
+        LinkError::ClosedByPeer | LinkError::Broken(_) => mux_end(task).await,
+        error => error,
+    }
+}

@@ -1,0 +1,266 @@
+//! Two byte streams joined: half-close is carried as half-close, anything abnormal as a reset of the other side.
+//!
+//! Buffers are borrowed, not owned: both directions read into a scratch buffer of the thread, and only what the
+//! far side does not take at once is kept. An idle relay holds no buffer at all.
+
+use std::{
+    cell::RefCell,
+    future::poll_fn,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+};
+
+use crate::{
+    proto::{ends::Aborted, messages::AbortCode},
+    stream::TunnelStream,
+};
+
+/// Bytes read at once, and so the most that one direction keeps for a slow receiver.
+const SCRATCH: usize = 64 * 1024;
+/// Reads of one direction before others get their turn.
+const TURNS: usize = 16;
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
+}
+
+/// One side of a relay: a byte stream that can end in two ways.
+pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
+    /// From now on, dropping this leg must look like a failure to its far side: TCP RST, TLS without `close_notify`,
+    /// HTTP/2 `RST_STREAM`, `Abort` on a link.
+    fn abort(&mut self, reason: &Aborted);
+}
+
+impl Leg for TcpStream {
+    fn abort(&mut self, _: &Aborted) {
+        // With a linger time of zero, closing sends RST and drops what is queued. Failure means it is gone already.
+        let _ = self.set_zero_linger();
+    }
+}
+
+impl Leg for UnixStream {
+    /// A Unix socket has no reset: its peer sees an end of file. Where that matters, use HTTP/2 on it, or TLS within.
+    fn abort(&mut self, _: &Aborted) {}
+}
+
+impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
+    /// Without `shutdown` no `close_notify` is sent, and the socket below is reset.
+    fn abort(&mut self, reason: &Aborted) {
+        self.get_mut().0.abort(reason);
+    }
+}
+
+impl<T: Leg> Leg for tokio_rustls::client::TlsStream<T> {
+    fn abort(&mut self, reason: &Aborted) {
+        self.get_mut().0.abort(reason);
+    }
+}
+
+impl Leg for TunnelStream {
+    fn abort(&mut self, reason: &Aborted) {
+        Self::abort(self, reason.clone());
+    }
+}
+
+impl<T: Leg + ?Sized> Leg for Box<T> {
+    fn abort(&mut self, reason: &Aborted) {
+        (**self).abort(reason);
+    }
+}
+
+/// How a relay ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RelayEnd {
+    /// Both directions ended cleanly.
+    Clean,
+    /// The first leg failed; the second was aborted.
+    FirstFailed(Aborted),
+    /// The second leg failed; the first was aborted.
+    SecondFailed(Aborted),
+    /// The caller stopped it; both were aborted.
+    Stopped(Aborted),
+}
+
+impl RelayEnd {
+    /// Why it was not clean.
+    pub fn reason(&self) -> Option<&Aborted> {
+        match self {
+            Self::Clean => None,
+            Self::FirstFailed(reason) | Self::SecondFailed(reason) | Self::Stopped(reason) => Some(reason),
+        }
+    }
+}
+
+/// What a relay carried, in bytes, and how it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relayed {
+    /// Bytes from the first leg to the second.
+    pub forward: u64,
+    /// Bytes from the second leg to the first.
+    pub backward: u64,
+    /// How it ended.
+    pub end: RelayEnd,
+}
+
+/// Carries bytes both ways until both directions have ended, one leg fails, or `stop` gives a reason.
+///
+/// Dropping the future aborts both legs.
+pub async fn relay(first: impl Leg, second: impl Leg, stop: impl Future<Output = Aborted>) -> Relayed {
+    let mut legs = Legs { first, second, finished: false };
+    let (mut forward, mut backward) = (Direction::default(), Direction::default());
+    let mut stop = std::pin::pin!(stop);
+    let end = poll_fn(|cx| {
+        if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
+            return Poll::Ready(RelayEnd::Stopped(reason));
+        }
+        let Legs { first, second, .. } = &mut legs;
+        // Both are polled each time: a failure in one direction must be seen while the other waits.
+        let ahead = forward.poll(cx, first, second);
+        let back = backward.poll(cx, second, first);
+        let failed = |failure: Failure, read_from_first: bool| {
+            let (reader_is_first, error) = match failure {
+                Failure::Read(error) => (read_from_first, error),
+                Failure::Write(error) => (!read_from_first, error),
+            };
+            let reason = reason(error);
+            if reader_is_first { RelayEnd::FirstFailed(reason) } else { RelayEnd::SecondFailed(reason) }
+        };
+        match (ahead, back) {
+            (Poll::Ready(Err(failure)), _) => Poll::Ready(failed(failure, true)),
+            (_, Poll::Ready(Err(failure))) => Poll::Ready(failed(failure, false)),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(RelayEnd::Clean),
+            _ => Poll::Pending,
+        }
+    })
+    .await;
+    match end.reason() {
+        None => legs.finished = true,
+        Some(reason) => {
+            legs.first.abort(reason);
+            legs.second.abort(reason);
+        }
+    }
+    Relayed { forward: forward.carried, backward: backward.carried, end }
+}
+
+/// Aborts both legs unless they have finished: also when the relay's future is dropped half-way.
+struct Legs<A: Leg, B: Leg> {
+    first: A,
+    second: B,
+    finished: bool,
+}
+
+impl<A: Leg, B: Leg> Drop for Legs<A, B> {
+    fn drop(&mut self) {
+        if !self.finished {
+            let reason = Aborted::new(AbortCode::Cancelled, "the relay was stopped");
+            self.first.abort(&reason);
+            self.second.abort(&reason);
+        }
+    }
+}
+
+enum Failure {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+/// The reason that a leg's error carries, or one that says what the socket said.
+fn reason(error: io::Error) -> Aborted {
+    let text = error.to_string();
+    let carried = error.into_inner().and_then(|inner| inner.downcast::<Aborted>().ok());
+    carried.map_or_else(|| Aborted::new(AbortCode::Reset, text), |carried| *carried)
+}
+
+/// One direction of a relay.
+#[derive(Default)]
+struct Direction {
+    /// What the receiver has not taken yet.
+    kept: Vec<u8>,
+    taken: usize,
+    eof: bool,
+    done: bool,
+    unflushed: bool,
+    carried: u64,
+}
+
+impl Direction {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut impl Leg,
+        to: &mut impl Leg,
+    ) -> Poll<Result<(), Failure>> {
+        if self.done {
+            return Poll::Ready(Ok(()));
+        }
+        for _ in 0..TURNS {
+            ready!(self.poll_kept(cx, to)).map_err(Failure::Write)?;
+            if self.eof {
+                ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Failure::Write)?;
+                self.done = true;
+                return Poll::Ready(Ok(()));
+            }
+            if self.poll_pass(cx, from, to)?.is_pending() {
+                // Nothing more to read for now: what is buffered in the receiver must not wait for it.
+                if std::mem::take(&mut self.unflushed) {
+                    self.unflushed = Pin::new(&mut *to).poll_flush(cx).map_err(Failure::Write)?.is_pending();
+                }
+                return Poll::Pending;
+            }
+        }
+        // Others get their turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Hands on what is kept.
+    fn poll_kept(&mut self, cx: &mut Context<'_>, to: &mut impl Leg) -> Poll<io::Result<()>> {
+        while self.taken < self.kept.len() {
+            match ready!(Pin::new(&mut *to).poll_write(cx, &self.kept[self.taken..]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.taken += written,
+            }
+        }
+        self.kept = Vec::new();
+        self.taken = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads once and hands on as much as is taken at once; the rest is kept.
+    fn poll_pass(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut impl Leg,
+        to: &mut impl Leg,
+    ) -> Result<Poll<()>, Failure> {
+        BUFFER.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            match Pin::new(from).poll_read(cx, &mut buffer) {
+                Poll::Pending => return Ok(Poll::Pending),
+                Poll::Ready(read) => read.map_err(Failure::Read)?,
+            }
+            let mut rest = buffer.filled();
+            self.eof = rest.is_empty();
+            self.carried += rest.len() as u64;
+            self.unflushed |= !self.eof;
+            while !rest.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, rest).map_err(Failure::Write)? {
+                    Poll::Ready(0) => return Err(Failure::Write(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(written) => rest = &rest[written..],
+                    Poll::Pending => {
+                        self.kept = rest.to_vec();
+                        break;
+                    }
+                }
+            }
+            Ok(Poll::Ready(()))
+        })
+    }
+}

@@ -1,0 +1,551 @@
+//! One proxied connection on a link: a yamux stream whose ends are exact.
+//!
+//! [`Streams`] is the table that a link and its streams share: entries by number, what waits for the control stream,
+//! and the permits that bound both. [`TunnelStream`] is the user's end: it reads and writes raw bytes, ends a
+//! direction by `shutdown`, and aborts when it is dropped with anything unfinished.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, BytesMut};
+use futures_util::{FutureExt, task::AtomicWaker};
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{Instant, Sleep},
+};
+
+use crate::{
+    mux::{MuxStream, Side},
+    proto::{
+        MAX_MESSAGE, clean_text,
+        ends::{Aborted, Ends, Verdict},
+        frame::{self, FrameError},
+        messages::{
+            Abort, AbortCode, Direction, End, Open, OpenReply, Opened, RefusalCode, Refused, control,
+            open_reply,
+        },
+    },
+};
+
+/// First buffer for a stream's header: most headers fit.
+const HEADER_BUFFER: usize = 512;
+
+/// What a link knows of all its streams.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    side: Side,
+    entries: Mutex<HashMap<u64, Arc<Entry>>>,
+    outbox: Mutex<VecDeque<Outgoing>>,
+    outbox_filled: Notify,
+    permits: Arc<Semaphore>,
+    ended: OnceLock<Aborted>,
+    end_timeout: Duration,
+}
+
+/// A message for the control stream. The permit of a stream travels behind its last message, so that a peer that does
+/// not read its control stream bounds its streams, and with them this queue.
+#[derive(Debug)]
+struct Outgoing {
+    message: Option<control::Kind>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    ends: Mutex<Ends>,
+    reader: AtomicWaker,
+    writer: AtomicWaker,
+}
+
+impl Entry {
+    fn abort(&self, reason: Aborted) {
+        self.ends.lock().abort(reason);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        self.reader.wake();
+        self.writer.wake();
+    }
+}
+
+impl Streams {
+    pub(crate) fn new(side: Side, max_streams: usize, end_timeout: Duration) -> Self {
+        Self {
+            side,
+            entries: Mutex::default(),
+            outbox: Mutex::default(),
+            outbox_filled: Notify::new(),
+            permits: Arc::new(Semaphore::new(max_streams)),
+            ended: OnceLock::new(),
+            end_timeout,
+        }
+    }
+
+    /// A place for one more stream, if there is one.
+    pub(crate) fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        self.permits.clone().try_acquire_owned().ok()
+    }
+
+    /// Streams with an entry.
+    pub(crate) fn active(&self) -> usize {
+        self.entries.lock().len()
+    }
+
+    /// The peer's word that a direction of a stream ended. Streams that are gone already are nobody's concern.
+    pub(crate) fn handle_end(&self, end: &End) {
+        let Some(entry) = self.entry(end.stream) else { return };
+        let opened_by_peer = self.side.opens(end.stream) == Some(false);
+        let from_peer = if opened_by_peer { Direction::FromOpener } else { Direction::ToOpener };
+        if end.direction() == from_peer {
+            entry.ends.lock().handle_end(end.total_bytes);
+        } else {
+            let text = "the far side announced the end of a direction that is not its own";
+            entry.ends.lock().abort(Aborted::new(AbortCode::Protocol, text));
+        }
+        entry.wake();
+    }
+
+    /// The peer's word that a stream was cut.
+    pub(crate) fn handle_abort(&self, abort: &Abort) {
+        if let Some(entry) = self.entry(abort.stream) {
+            entry.abort(Aborted::new(abort.code(), clean_text(&abort.text)));
+        }
+    }
+
+    /// The link is gone, and with it every stream. The first reason stays.
+    pub(crate) fn end_all(&self, reason: Aborted) {
+        let reason = self.ended.get_or_init(|| reason).clone();
+        let entries: Vec<_> = self.entries.lock().values().cloned().collect();
+        for entry in entries {
+            entry.abort(reason.clone());
+        }
+    }
+
+    /// Why the link is gone, if it is.
+    pub(crate) fn ended(&self) -> Option<&Aborted> {
+        self.ended.get()
+    }
+
+    /// Waits until there may be something in the outbox. Cancel-safe.
+    pub(crate) async fn outbox_filled(&self) {
+        self.outbox_filled.notified().await;
+    }
+
+    /// Encodes waiting messages until `out` holds `limit` bytes or more. Whether some still wait.
+    pub(crate) fn drain_outbox(&self, out: &mut BytesMut, limit: usize) -> bool {
+        let mut outbox = self.outbox.lock();
+        while out.len() < limit {
+            let Some(outgoing) = outbox.pop_front() else { return false };
+            if let Some(kind) = outgoing.message {
+                // Cannot be too long: the only text in it was cut.
+                let _ = frame::encode(&crate::proto::messages::Control { kind: Some(kind) }, out);
+            }
+        }
+        !outbox.is_empty()
+    }
+
+    fn push(&self, message: Option<control::Kind>, permit: Option<OwnedSemaphorePermit>) {
+        let mut outbox = self.outbox.lock();
+        // Nobody will send what comes after the link's end; a permit need not wait behind nothing.
+        if self.ended().is_some() || (message.is_none() && outbox.is_empty()) {
+            return;
+        }
+        outbox.push_back(Outgoing { message, _permit: permit });
+        drop(outbox);
+        self.outbox_filled.notify_one();
+    }
+
+    fn entry(&self, number: u64) -> Option<Arc<Entry>> {
+        self.entries.lock().get(&number).cloned()
+    }
+
+    /// Enters a stream, once its number is known. `None` if the number is taken.
+    fn enter(&self, number: u64) -> Option<Arc<Entry>> {
+        let entry = Arc::new(Entry::default());
+        match self.entries.lock().entry(number) {
+            std::collections::hash_map::Entry::Occupied(_) => return None,
+            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(entry.clone()),
+        };
+        // The link may have ended between the caller's look and the entry.
+        if let Some(reason) = self.ended() {
+            entry.abort(reason.clone());
+        }
+        Some(entry)
+    }
+}
+
+impl Side {
+    /// Whether this side opened the stream of that number: dialers use odd numbers, acceptors even ones from 2.
+    fn opens(self, number: u64) -> Option<bool> {
+        let by_dialer = number % 2 == 1;
+        (number != 0).then_some(by_dialer == (self == Self::Dialer))
+    }
+}
+
+/// A stream's place in its link's table; leaving it says how the stream ended.
+#[derive(Debug)]
+struct Seat {
+    streams: Arc<Streams>,
+    number: u64,
+    entry: Arc<Entry>,
+    permit: Option<OwnedSemaphorePermit>,
+    /// Why this side gives up, if it said so.
+    reason: Option<Aborted>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.streams.entries.lock().remove(&self.number);
+        let ends = self.entry.ends.lock();
+        let abort = (!ends.finished()).then(|| {
+            // What this side found wrong by itself, a truncation say, outranks "dropped".
+            let found = ends.aborted().cloned();
+            let dropped = || Aborted::new(AbortCode::Cancelled, "the stream was dropped before its end");
+            let reason = self.reason.take().or(found).unwrap_or_else(dropped);
+            control::Kind::Abort(Abort {
+                stream: self.number,
+                code: reason.code.into(),
+                text: clean_text(&reason.text),
+            })
+        });
+        drop(ends);
+        self.streams.push(abort, self.permit.take());
+    }
+}
+
+/// A proxied connection over a link.
+///
+/// Reading gives an end of file only once the far side has confirmed it, byte for byte; everything else is an error
+/// of kind [`io::ErrorKind::ConnectionReset`] that carries an [`Aborted`]. `shutdown` ends the writing direction.
+/// Dropping the stream before both directions have ended aborts it at the far side.
+#[derive(Debug)]
+pub struct TunnelStream {
+    mux: MuxStream,
+    /// Bytes that came right behind the stream header.
+    early: BytesMut,
+    seat: Seat,
+    /// Runs while the multiplexer has ended the stream and the control stream has not yet said how.
+    verdict_due: Option<Pin<Box<Sleep>>>,
+}
+
+impl TunnelStream {
+    fn new(mux: MuxStream, early: BytesMut, seat: Seat) -> Self {
+        Self { mux, early, seat, verdict_due: None }
+    }
+
+    /// The stream's number, unique on its link.
+    pub fn number(&self) -> u64 {
+        self.seat.number
+    }
+
+    /// Says why, should the stream be dropped before its end.
+    pub fn abort(&mut self, reason: Aborted) {
+        self.seat.reason.get_or_insert(reason);
+    }
+
+    fn aborted(&self) -> Option<io::Error> {
+        self.seat.entry.ends.lock().aborted().map(|reason| into_io_error(reason.clone()))
+    }
+
+    /// The multiplexer has ended the stream: waits, for a bounded time, until it is known how.
+    fn poll_verdict(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.seat.entry.ends.lock().verdict() {
+            Verdict::Clean => return Poll::Ready(Ok(())),
+            Verdict::Aborted(reason) => return Poll::Ready(Err(into_io_error(reason))),
+            Verdict::Wait => {}
+        }
+        let timeout = self.seat.streams.end_timeout;
+        let due = self.verdict_due.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(due.as_mut().poll(cx));
+        let reason = Aborted::new(AbortCode::Reset, "the stream was reset, and the far side did not say why");
+        self.seat.entry.ends.lock().abort(reason.clone());
+        Poll::Ready(Err(into_io_error(reason)))
+    }
+}
+
+impl AsyncRead for TunnelStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        // Before the look, so that an abort right behind it wakes.
+        this.seat.entry.reader.register(cx.waker());
+        if let Some(error) = this.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        let before = buf.filled().len();
+        if this.early.is_empty() {
+            if buf.remaining() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            // An error is an end without a word: the verdict comes from the control stream either way.
+            let _ = ready!(Pin::new(&mut this.mux).poll_read(cx, buf));
+        } else {
+            let taken = this.early.len().min(buf.remaining());
+            buf.put_slice(&this.early[..taken]);
+            this.early.advance(taken);
+        }
+        let read = buf.filled().len() - before;
+        let mut ends = this.seat.entry.ends.lock();
+        if read > 0 {
+            ends.received(read);
+            return Poll::Ready(Ok(()));
+        }
+        ends.eof();
+        drop(ends);
+        this.poll_verdict(cx)
+    }
+}
+
+impl AsyncWrite for TunnelStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        this.seat.entry.writer.register(cx.waker());
+        if let Some(error) = this.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        match ready!(Pin::new(&mut this.mux).poll_write(cx, bytes)) {
+            Ok(written) => {
+                this.seat.entry.ends.lock().sent(written);
+                Poll::Ready(Ok(written))
+            }
+            // Reset by the far side, or the link is gone: the reason is on its way.
+            Err(error) => match ready!(this.poll_verdict(cx)) {
+                Ok(()) => Poll::Ready(Err(error)),
+                Err(reason) => Poll::Ready(Err(reason)),
+            },
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The multiplexer's task flushes by itself; this only keeps to the trait's contract.
+        Pin::new(&mut self.mux).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        this.seat.entry.writer.register(cx.waker());
+        if let Some(error) = this.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        ready!(Pin::new(&mut this.mux).poll_shutdown(cx))?;
+        let finished = this.seat.entry.ends.lock().finish_sending();
+        if let Some(total_bytes) = finished {
+            let opened_here = this.seat.streams.side.opens(this.seat.number) == Some(true);
+            let direction = if opened_here { Direction::FromOpener } else { Direction::ToOpener };
+            let end = End { stream: this.seat.number, direction: direction.into(), total_bytes };
+            this.seat.streams.push(Some(control::Kind::End(end)), None);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn into_io_error(reason: Aborted) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, reason)
+}
+
+/// The opener's half of a stream's beginning.
+pub(crate) async fn open(
+    mut mux: MuxStream,
+    streams: Arc<Streams>,
+    permit: OwnedSemaphorePermit,
+    open: &Open,
+) -> Result<(TunnelStream, Opened), OpenStreamError> {
+    let entry = streams.enter(open.stream).ok_or(OpenStreamError::Header(HeaderError::NumberTaken))?;
+    let seat = Seat { streams, number: open.stream, entry, permit: Some(permit), reason: None };
+    let mut buffer = BytesMut::with_capacity(HEADER_BUFFER);
+    frame::encode(open, &mut buffer).map_err(HeaderError::Frame)?;
+    mux.write_all_buf(&mut buffer).await.map_err(HeaderError::Io)?;
+    let reply: OpenReply = read_message(&mut mux, &mut buffer).await?;
+    match reply.kind {
+        Some(open_reply::Kind::Opened(opened)) => Ok((TunnelStream::new(mux, buffer, seat), opened)),
+        Some(open_reply::Kind::Refused(refused)) => {
+            // Nothing was begun, so there is no end to announce.
+            seat.forget();
+            Err(OpenStreamError::Refused(refused))
+        }
+        None => Err(HeaderError::EmptyReply.into()),
+    }
+}
+
+impl Seat {
+    /// Leaves without an `Abort`: the far side has no entry for this stream, or has left it already.
+    fn forget(&self) {
+        let mut ends = self.entry.ends.lock();
+        ends.finish_sending();
+        ends.handle_end(0);
+        ends.eof();
+    }
+}
+
+/// Why a stream's header exchange failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenStreamError {
+    #[error("refused: {}", .0.text)]
+    Refused(Refused),
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+}
+
+/// A stream header that could not be exchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// Not a header.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The stream broke before the header was whole.
+    #[error("the stream ended before its header was complete")]
+    Truncated,
+    /// The multiplexer failed.
+    #[error("the stream broke: {0}")]
+    Io(io::Error),
+    /// Nothing this version knows.
+    #[error("the reply is of an unknown kind")]
+    EmptyReply,
+    /// The opener used a number twice, or one that is not its own.
+    #[error("the stream's number is in use, or not the opener's to use")]
+    NumberTaken,
+    /// The header took too long.
+    #[error("the stream's header did not arrive in time")]
+    TimedOut,
+}
+
+/// Reads one message, and no more than one plus what came in the same pieces, which stays in `buffer`.
+async fn read_message<M: Message + Default>(
+    mux: &mut MuxStream,
+    buffer: &mut BytesMut,
+) -> Result<M, HeaderError> {
+    loop {
+        if let Some(message) = frame::decode(buffer)? {
+            return Ok(message);
+        }
+        if buffer.len() > MAX_MESSAGE + HEADER_BUFFER {
+            return Err(FrameError::TooLong.into());
+        }
+        if mux.read_buf(buffer).await.map_err(HeaderError::Io)? == 0 {
+            return Err(HeaderError::Truncated);
+        }
+    }
+}
+
+/// A stream that the far side has begun to open. Dropping it resets the stream.
+#[derive(Debug)]
+pub struct Incoming {
+    mux: MuxStream,
+    streams: Arc<Streams>,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Incoming {
+    pub(crate) fn new(mux: MuxStream, streams: Arc<Streams>, permit: OwnedSemaphorePermit) -> Self {
+        Self { mux, streams, permit }
+    }
+
+    /// Reads what the opener wants, until `deadline`.
+    ///
+    /// A header that is not one is answered with a refusal before the error is returned.
+    pub async fn header(mut self, deadline: Instant) -> Result<PendingStream, HeaderError> {
+        let mut buffer = BytesMut::with_capacity(HEADER_BUFFER);
+        let read = tokio::time::timeout_at(deadline, read_message::<Open>(&mut self.mux, &mut buffer)).await;
+        let open = match read.unwrap_or(Err(HeaderError::TimedOut)) {
+            Ok(open) => open,
+            Err(error) => {
+                refuse_unread(&mut self.mux, RefusalCode::Malformed, &error.to_string());
+                return Err(error);
+            }
+        };
+        let by_peer = self.streams.side.opens(open.stream) == Some(false);
+        let Some(entry) = by_peer.then(|| self.streams.enter(open.stream)).flatten() else {
+            refuse_unread(&mut self.mux, RefusalCode::Malformed, &HeaderError::NumberTaken.to_string());
+            return Err(HeaderError::NumberTaken);
+        };
+        let seat = Seat {
+            streams: self.streams,
+            number: open.stream,
+            entry,
+            permit: Some(self.permit),
+            reason: None,
+        };
+        Ok(PendingStream { mux: self.mux, early: buffer, seat, open })
+    }
+}
+
+/// Refuses a stream of which nothing needs to be known. Best effort, without waiting: a fresh stream has room for it.
+pub(crate) fn refuse_unread(mux: &mut MuxStream, code: RefusalCode, text: &str) {
+    let refused = Refused { code: code.into(), text: clean_text(text) };
+    let mut out = BytesMut::new();
+    if frame::encode(&OpenReply { kind: Some(open_reply::Kind::Refused(refused)) }, &mut out).is_ok() {
+        let _ = mux.write_all_buf(&mut out).now_or_never();
+        let _ = mux.shutdown().now_or_never();
+    }
+}
+
+/// A stream whose opener waits for an answer. Dropping it resets the stream.
+#[derive(Debug)]
+pub struct PendingStream {
+    mux: MuxStream,
+    early: BytesMut,
+    seat: Seat,
+    open: Open,
+}
+
+impl PendingStream {
+    /// What the opener wants.
+    pub fn open(&self) -> &Open {
+        &self.open
+    }
+
+    /// Completes when the opener no longer waits, or the link is gone. Cancel-safe.
+    pub async fn cancelled(&mut self) -> Aborted {
+        std::future::poll_fn(|cx| {
+            self.seat.entry.reader.register(cx.waker());
+            if let Some(reason) = self.seat.entry.ends.lock().aborted() {
+                return Poll::Ready(reason.clone());
+            }
+            // An opener may not send before it is answered, so whatever ends this read ends the stream.
+            let mut byte = [0; 1];
+            let mut buffer = ReadBuf::new(&mut byte);
+            let read = ready!(Pin::new(&mut self.mux).poll_read(cx, &mut buffer));
+            let reason = if read.is_ok() && !buffer.filled().is_empty() {
+                Aborted::new(AbortCode::Protocol, "the opener sent bytes before it was answered")
+            } else {
+                Aborted::new(AbortCode::Cancelled, "the opener gave up before the target was connected")
+            };
+            self.seat.entry.abort(reason.clone());
+            Poll::Ready(reason)
+        })
+        .await
+    }
+
+    /// Tells the opener that the target is connected at `address`.
+    pub async fn accept(mut self, address: String) -> io::Result<TunnelStream> {
+        self.reply(open_reply::Kind::Opened(Opened { address })).await?;
+        Ok(TunnelStream::new(self.mux, self.early, self.seat))
+    }
+
+    /// Tells the opener why not.
+    pub async fn refuse(mut self, code: RefusalCode, text: &str) -> io::Result<()> {
+        let refused = Refused { code: code.into(), text: clean_text(text) };
+        self.reply(open_reply::Kind::Refused(refused)).await?;
+        self.seat.forget();
+        self.mux.shutdown().await
+    }
+
+    async fn reply(&mut self, kind: open_reply::Kind) -> io::Result<()> {
+        let mut out = BytesMut::new();
+        frame::encode(&OpenReply { kind: Some(kind) }, &mut out).map_err(io::Error::other)?;
+        self.mux.write_all_buf(&mut out).await
+    }
+}

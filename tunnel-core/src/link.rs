@@ -590,7 +590,7 @@ impl ControlTask {
     async fn step(&mut self) -> Result<(), LinkError> {
         let Self { channel, shared, .. } = self;
         while let Some(event) = channel.control.poll_event() {
-            handle_event(shared, &self.events, event).await;
+            handle_event(shared, &self.events, event);
         }
         if channel.decode()? {
             return Ok(());
@@ -624,7 +624,7 @@ impl ControlTask {
     }
 }
 
-async fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
+fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
     let event = match event {
         Event::End(end) => return shared.streams.handle_end(&end),
         Event::Abort(abort) => return shared.streams.handle_abort(&abort),

@@ -214,8 +214,8 @@ where
 fn into_error(error: yamux::ConnectionError) -> MuxError {
     match error {
         yamux::ConnectionError::Closed => MuxError::ClosedByPeer,
-        yamux::ConnectionError::Io(error) => MuxError::Io(Arc::new(error)),
-        yamux::ConnectionError::Decode(yamux::FrameDecodeError::Io(error)) => MuxError::Io(Arc::new(error)),
+        yamux::ConnectionError::Io(error)
+        | yamux::ConnectionError::Decode(yamux::FrameDecodeError::Io(error)) => MuxError::Io(Arc::new(error)),
         other => MuxError::Protocol(other.to_string()),
     }
 }

@@ -110,9 +110,16 @@ pub struct Relayed {
 
 /// Carries bytes both ways until both directions have ended, one leg fails, or `stop` gives a reason.
 ///
-/// Dropping the future aborts both legs.
-pub async fn relay(first: impl Leg, second: impl Leg, stop: impl Future<Output = Aborted>) -> Relayed {
-    let mut legs = Legs { first, second, finished: false };
+/// Dropping the future aborts both legs, even before it was first polled: the guard is made right here.
+pub fn relay(
+    first: impl Leg,
+    second: impl Leg,
+    stop: impl Future<Output = Aborted>,
+) -> impl Future<Output = Relayed> {
+    carry(Legs { first, second, finished: false }, stop)
+}
+
+async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = Aborted>) -> Relayed {
     let (mut forward, mut backward) = (Direction::default(), Direction::default());
     let mut stop = std::pin::pin!(stop);
     let end = poll_fn(|cx| {

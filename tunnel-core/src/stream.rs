@@ -5,7 +5,7 @@
 //! direction by `shutdown`, and aborts when it is dropped with anything unfinished.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque, btree_map},
     io,
     pin::Pin,
     sync::{Arc, OnceLock},
@@ -43,7 +43,8 @@ const HEADER_BUFFER: usize = 512;
 #[derive(Debug)]
 pub(crate) struct Streams {
     side: Side,
-    entries: Mutex<HashMap<u64, Arc<Entry>>>,
+    /// Ordered, so that a simulation wakes them in the same order each time.
+    entries: Mutex<BTreeMap<u64, Arc<Entry>>>,
     outbox: Mutex<VecDeque<Outgoing>>,
     outbox_filled: Notify,
     permits: Arc<Semaphore>,
@@ -173,8 +174,8 @@ impl Streams {
     fn enter(&self, number: u64) -> Option<Arc<Entry>> {
         let entry = Arc::new(Entry::default());
         match self.entries.lock().entry(number) {
-            std::collections::hash_map::Entry::Occupied(_) => return None,
-            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(entry.clone()),
+            btree_map::Entry::Occupied(_) => return None,
+            btree_map::Entry::Vacant(vacant) => vacant.insert(entry.clone()),
         };
         // The link may have ended between the caller's look and the entry.
         if let Some(reason) = self.ended() {

@@ -1,4 +1,5 @@
 //! Links between two real sides: what every user of a link relies on.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{io, time::Duration};
 
@@ -203,11 +204,11 @@ async fn a_silent_link_dies_after_two_heartbeats_and_takes_its_streams_along() {
     // A wire that can be held without being cut: the half-open link.
     let (near, mut middle_near) = duplex(64 * 1024);
     let (mut middle_far, far) = duplex(64 * 1024);
-    let (hold, held) = tokio::sync::oneshot::channel::<()>();
+    let (hold, on_hold) = tokio::sync::oneshot::channel::<()>();
     let wire = tokio::spawn(async move {
         tokio::select! {
             _ = tokio::io::copy_bidirectional(&mut middle_near, &mut middle_far) => {}
-            _ = held => {}
+            _ = on_hold => {}
         }
         (middle_near, middle_far)
     });
@@ -271,6 +272,15 @@ async fn streams_above_the_maximum_are_refused_one_by_one() {
         tokio::task::yield_now().await;
     }
     tokio::time::timeout(TIMEOUT, pair.stream()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_side_that_takes_no_streams_says_so() {
+    let (near, far) = duplex(64 * 1024);
+    let config = LinkConfig { accept_streams: false, ..LinkConfig::default() };
+    let pair = pair_over(near, far, config).await;
+    let refused = pair.edge.handle().open(request("gateway:1"), TIMEOUT).await;
+    assert!(matches!(refused, Err(OpenError::Refused { code: RefusalCode::Unsupported, .. })), "{refused:?}");
 }
 
 #[tokio::test]

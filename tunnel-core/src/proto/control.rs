@@ -200,14 +200,16 @@ impl Control {
     }
 
     /// Acceptor: declines the link.
-    pub fn reject(&mut self, reject: Reject) {
+    pub fn reject(&mut self, mut reject: Reject) {
         self.state = State::Closed;
-        self.handshake_out = Some(Kind::Reject(Reject { text: clean_text(&reject.text), ..reject }));
+        reject.text = clean_text(&reject.text);
+        self.handshake_out = Some(Kind::Reject(reject));
     }
 
     /// No new streams from the other side, please. Sent once the link is up.
-    pub fn drain(&mut self, drain: Drain) {
-        self.drain_out = Some(Drain { reason: clean_text(&drain.reason), ..drain });
+    pub fn drain(&mut self, mut drain: Drain) {
+        drain.reason = clean_text(&drain.reason);
+        self.drain_out = Some(drain);
     }
 
     /// Acceptor: new grants or cluster hints. Only the newest unsent one is kept.
@@ -408,11 +410,12 @@ mod tests {
         let mut pair = Pair::established();
         pair.edge.handle_timeout(pair.now).unwrap();
         let ping = pair.edge.poll_transmit().unwrap();
+        let sent = pair.now;
         pair.now += Duration::from_millis(30);
         pair.gateway.handle_message(pair.now, ping).unwrap();
         pair.exchange();
         assert_eq!(pair.edge.rtt().unwrap().last, Duration::from_millis(30));
-        assert_eq!(pair.edge.poll_timeout(), Some(pair.now - Duration::from_millis(30) + HEARTBEAT));
+        assert_eq!(pair.edge.poll_timeout(), Some(sent + HEARTBEAT));
     }
 
     #[test]
@@ -420,7 +423,7 @@ mod tests {
         let mut pair = Pair::established();
         let start = pair.now;
         pair.gateway.handle_timeout(start + HEARTBEAT).unwrap();
-        pair.gateway.handle_timeout(start + HEARTBEAT * 2 - Duration::from_millis(1)).unwrap();
+        pair.gateway.handle_timeout(start + Duration::from_millis(19_999)).unwrap();
         assert_eq!(
             pair.gateway.handle_timeout(start + HEARTBEAT * 2),
             Err(ControlError::Silent { silence: HEARTBEAT * 2 })

@@ -1,0 +1,115 @@
+//! The relay between real TCP sockets: a FIN stays a FIN, a reset stays a reset.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{future::pending, time::Duration};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+    task::JoinHandle,
+};
+use tunnel_core::{Aborted, RelayEnd, Relayed, proto::messages::AbortCode, relay};
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Two ends of one TCP connection on loopback.
+async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (near.unwrap(), far.unwrap().0)
+}
+
+struct Rig {
+    client: TcpStream,
+    target: TcpStream,
+    relay: JoinHandle<Relayed>,
+    stop: oneshot::Sender<Aborted>,
+}
+
+async fn rig() -> Rig {
+    let (client, client_leg) = connection().await;
+    let (target, target_leg) = connection().await;
+    let (stop, stopped) = oneshot::channel();
+    let stopped = async move {
+        match stopped.await {
+            Ok(reason) => reason,
+            Err(_) => pending().await,
+        }
+    };
+    Rig { client, target, relay: tokio::spawn(relay(client_leg, target_leg, stopped)), stop }
+}
+
+async fn is_reset(socket: &mut TcpStream) -> bool {
+    let read = tokio::time::timeout(TIMEOUT, socket.read(&mut [0; 1])).await.expect("the socket never ended");
+    matches!(read, Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
+#[tokio::test]
+async fn half_close_is_carried_both_ways_and_bytes_are_counted() {
+    let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
+    let expected = bytes.clone();
+    let sender = tokio::spawn(async move {
+        client.write_all(&bytes).await.unwrap();
+        client.shutdown().await.unwrap();
+        client
+    });
+    let mut got = Vec::new();
+    target.read_to_end(&mut got).await.unwrap();
+    assert!(got == expected);
+    target.write_all(b"reply after your end").await.unwrap();
+    target.shutdown().await.unwrap();
+    let mut client = sender.await.unwrap();
+    let mut reply = String::new();
+    client.read_to_string(&mut reply).await.unwrap();
+    assert_eq!(reply, "reply after your end");
+    assert_eq!(relay.await.unwrap(), Relayed { forward: 3_000_000, backward: 20, end: RelayEnd::Clean });
+}
+
+#[tokio::test]
+async fn a_reset_on_one_side_is_a_reset_on_the_other() {
+    for client_resets in [true, false] {
+        let Rig { client, target, relay, stop: _stop } = rig().await;
+        let (breaks, mut sees) = if client_resets { (client, target) } else { (target, client) };
+        SockRef::from(&breaks).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(breaks);
+        assert!(is_reset(&mut sees).await);
+        let end = relay.await.unwrap().end;
+        assert_eq!(matches!(end, RelayEnd::FirstFailed(_)), client_resets, "{end:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_behind_a_half_close_is_still_a_reset() {
+    let Rig { mut client, target, relay, stop: _stop } = rig().await;
+    client.shutdown().await.unwrap();
+    let mut target = target;
+    assert_eq!(target.read(&mut [0; 1]).await.unwrap(), 0);
+    target.write_all(b"partial").await.unwrap();
+    let mut partial = [0; 7];
+    client.read_exact(&mut partial).await.unwrap();
+    SockRef::from(&target).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(target);
+    assert!(is_reset(&mut client).await);
+    relay.await.unwrap();
+}
+
+#[tokio::test]
+async fn stopping_resets_both_sides() {
+    let Rig { mut client, mut target, relay, stop } = rig().await;
+    let reason = Aborted::new(AbortCode::Drained, "the drain deadline passed");
+    stop.send(reason.clone()).unwrap();
+    assert!(is_reset(&mut client).await);
+    assert!(is_reset(&mut target).await);
+    assert_eq!(relay.await.unwrap().end, RelayEnd::Stopped(reason));
+}
+
+#[tokio::test]
+async fn a_relay_that_is_dropped_resets_both_sides() {
+    let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
+    relay.abort();
+    assert!(is_reset(&mut client).await);
+    assert!(is_reset(&mut target).await);
+}

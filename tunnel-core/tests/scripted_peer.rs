@@ -1,0 +1,190 @@
+//! Links whose far side is scripted frame by frame on a bare yamux: what a faulty or hostile peer can say, and what
+//! comes of it. Reads like the protocol's rules about ends.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{io, time::Duration};
+
+use bytes::BytesMut;
+use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{io::AsyncReadExt, sync::mpsc};
+use tokio_util::compat::TokioAsyncReadCompatExt;
+use tunnel_core::{
+    Aborted, Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
+    proto::{
+        frame,
+        messages::{
+            Abort, AbortCode, Control, Direction, End, Hello, Open, OpenReply, Opened, Welcome,
+            control::Kind, open_reply,
+        },
+    },
+};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The edge's side of a link, by hand.
+struct Script {
+    control: yamux::Stream,
+    inbound: mpsc::Receiver<yamux::Stream>,
+}
+
+/// A real gateway side whose edge is a script.
+async fn scripted() -> (LinkHandle, Script) {
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let mut connection = yamux::Connection::new(near.compat(), yamux::Config::default(), yamux::Mode::Client);
+    let mut control = std::future::poll_fn(|cx| connection.poll_new_outbound(cx)).await.unwrap();
+    let (accepted, inbound) = mpsc::channel(16);
+    tokio::spawn(async move {
+        while let Some(Ok(stream)) = std::future::poll_fn(|cx| connection.poll_next_inbound(cx)).await {
+            let _ = accepted.send(stream).await;
+        }
+    });
+    let config = LinkConfig { end_timeout: Duration::from_millis(300), ..LinkConfig::default() };
+    let accept = tokio::spawn(async move {
+        let pending = Link::accept(far, config).await.unwrap();
+        pending.welcome(Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() }).unwrap()
+    });
+    send(&mut control, Kind::Hello(Hello { min_version: 1, max_version: 1, ..Hello::default() })).await;
+    let mut link = accept.await.unwrap();
+    let handle = link.handle();
+    tokio::spawn(async move { while !matches!(link.next().await, LinkEvent::Closed(_)) {} });
+    (handle, Script { control, inbound })
+}
+
+async fn send(control: &mut yamux::Stream, kind: Kind) {
+    let mut out = BytesMut::new();
+    frame::encode(&Control { kind: Some(kind) }, &mut out).unwrap();
+    control.write_all(&out).await.unwrap();
+}
+
+impl Script {
+    async fn send(&mut self, kind: Kind) {
+        send(&mut self.control, kind).await;
+    }
+
+    /// Lets the gateway open a stream, and answers `Opened`, with `early` right behind it.
+    async fn open(&mut self, gateway: &LinkHandle, early: &[u8]) -> (TunnelStream, yamux::Stream, u64) {
+        let handle = gateway.clone();
+        let request = OpenRequest { target: "edge-a:10250".to_owned(), ..OpenRequest::default() };
+        let open = tokio::spawn(async move { handle.open(request, TIMEOUT).await });
+        let mut stream = self.inbound.recv().await.unwrap();
+        let mut input = BytesMut::new();
+        let header: Open = loop {
+            if let Some(header) = frame::decode(&mut input).unwrap() {
+                break header;
+            }
+            let mut piece = [0; 256];
+            let read = stream.read(&mut piece).await.unwrap();
+            input.extend_from_slice(&piece[..read]);
+        };
+        let mut out = BytesMut::new();
+        let opened = open_reply::Kind::Opened(Opened { address: "a".to_owned() });
+        frame::encode(&OpenReply { kind: Some(opened) }, &mut out).unwrap();
+        out.extend_from_slice(early);
+        stream.write_all(&out).await.unwrap();
+        (open.await.unwrap().unwrap().0, stream, header.stream)
+    }
+}
+
+fn end(stream: u64, direction: Direction, total_bytes: u64) -> Kind {
+    Kind::End(End { stream, direction: direction.into(), total_bytes })
+}
+
+fn code(error: &io::Error) -> AbortCode {
+    error.get_ref().and_then(|inner| inner.downcast_ref::<Aborted>()).expect("says why").code
+}
+
+async fn read_all(stream: &mut TunnelStream) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    tokio::time::timeout(TIMEOUT, AsyncReadExt::read_to_end(stream, &mut bytes)).await.unwrap().map(|_| bytes)
+}
+
+#[tokio::test]
+async fn bytes_behind_opened_belong_to_the_stream() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut stream, mut wire, number) = edge.open(&gateway, b"early ").await;
+    wire.write_all(b"and late").await.unwrap();
+    wire.close().await.unwrap();
+    edge.send(end(number, Direction::ToOpener, 14)).await;
+    assert_eq!(read_all(&mut stream).await.unwrap(), b"early and late");
+}
+
+#[tokio::test]
+async fn a_fin_that_is_never_confirmed_is_an_abort_after_a_bounded_wait() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut stream, mut wire, _) = edge.open(&gateway, b"").await;
+    wire.write_all(b"looks complete").await.unwrap();
+    wire.close().await.unwrap();
+    assert_eq!(code(&read_all(&mut stream).await.unwrap_err()), AbortCode::Reset);
+}
+
+#[tokio::test]
+async fn an_end_may_come_before_the_bytes() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut stream, mut wire, number) = edge.open(&gateway, b"").await;
+    edge.send(end(number, Direction::ToOpener, 4)).await;
+    wire.write_all(b"late").await.unwrap();
+    wire.close().await.unwrap();
+    assert_eq!(read_all(&mut stream).await.unwrap(), b"late");
+}
+
+#[tokio::test]
+async fn a_count_that_differs_is_a_truncation() {
+    for total in [3, 5] {
+        let (gateway, mut edge) = scripted().await;
+        let (mut stream, mut wire, number) = edge.open(&gateway, b"").await;
+        wire.write_all(b"four").await.unwrap();
+        wire.close().await.unwrap();
+        edge.send(end(number, Direction::ToOpener, total)).await;
+        assert_eq!(
+            code(&read_all(&mut stream).await.unwrap_err()),
+            AbortCode::Truncated,
+            "announced {total}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_somebody_elses_direction_is_an_abort() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut stream, _wire, number) = edge.open(&gateway, b"").await;
+    edge.send(end(number, Direction::FromOpener, 0)).await;
+    assert_eq!(code(&read_all(&mut stream).await.unwrap_err()), AbortCode::Protocol);
+}
+
+#[tokio::test]
+async fn an_abort_wakes_a_waiting_reader_and_hurts_nobody_else() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut cut, _wire, number) = edge.open(&gateway, b"").await;
+    let (mut other, mut other_wire, other_number) = edge.open(&gateway, b"").await;
+    let reader = tokio::spawn(async move { read_all(&mut cut).await });
+    let text = "reset by the kubelet\r\nX-Injected: 1".to_owned();
+    edge.send(Kind::Abort(Abort { stream: number, code: AbortCode::Reset.into(), text })).await;
+    let error = reader.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "reset by the kubelet  X-Injected: 1");
+    other_wire.write_all(b"fine").await.unwrap();
+    other_wire.close().await.unwrap();
+    edge.send(end(other_number, Direction::ToOpener, 4)).await;
+    assert_eq!(read_all(&mut other).await.unwrap(), b"fine");
+}
+
+#[tokio::test]
+async fn words_about_streams_that_do_not_exist_are_ignored() {
+    let (gateway, mut edge) = scripted().await;
+    for number in [0, 1, 1_000_000, u64::MAX] {
+        edge.send(end(number, Direction::ToOpener, 9)).await;
+        edge.send(Kind::Abort(Abort { stream: number, code: 99, text: String::new() })).await;
+    }
+    let (mut stream, mut wire, number) = edge.open(&gateway, b"").await;
+    wire.close().await.unwrap();
+    edge.send(end(number, Direction::ToOpener, 0)).await;
+    assert_eq!(read_all(&mut stream).await.unwrap(), b"");
+}
+
+#[tokio::test]
+async fn garbage_on_the_control_stream_ends_the_link_and_its_streams() {
+    let (gateway, mut edge) = scripted().await;
+    let (mut stream, _wire, _) = edge.open(&gateway, b"").await;
+    edge.control.write_all(&[0xff; 64]).await.unwrap();
+    assert_eq!(code(&read_all(&mut stream).await.unwrap_err()), AbortCode::LinkLost);
+    assert!(gateway.is_closed());
+}

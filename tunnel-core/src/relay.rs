@@ -11,6 +11,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
@@ -32,15 +33,32 @@ thread_local! {
 
 /// One side of a relay: a byte stream that can end in two ways.
 pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
+    /// A relay begins. Where the operating system can be told, the far side must from now on see a failure even if
+    /// this process is killed.
+    fn arm(&mut self) {}
+
     /// From now on, dropping this leg must look like a failure to its far side: TCP RST, TLS without `close_notify`,
     /// HTTP/2 `RST_STREAM`, `Abort` on a link.
     fn abort(&mut self, reason: &Aborted);
+
+    /// Both directions have ended cleanly: dropping this leg must not disturb what is still on its way.
+    fn finish(&mut self) {}
 }
 
 impl Leg for TcpStream {
-    fn abort(&mut self, _: &Aborted) {
-        // With a linger time of zero, closing sends RST and drops what is queued. Failure means it is gone already.
+    /// With a linger time of zero, closing sends RST and drops what is queued. The kernel closes the sockets of a
+    /// killed process too, and would make a clean FIN of it.
+    fn arm(&mut self) {
+        // Failure means that the connection is gone already.
         let _ = self.set_zero_linger();
+    }
+
+    fn abort(&mut self, _: &Aborted) {
+        let _ = self.set_zero_linger();
+    }
+
+    fn finish(&mut self) {
+        let _ = SockRef::from(&*self).set_linger(None);
     }
 }
 
@@ -50,15 +68,17 @@ impl Leg for UnixStream {
 }
 
 impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
+    fn arm(&mut self) {
+        self.get_mut().0.arm();
+    }
+
     /// Without `shutdown` no `close_notify` is sent, and the socket below is reset.
     fn abort(&mut self, reason: &Aborted) {
         self.get_mut().0.abort(reason);
     }
-}
 
-impl<T: Leg> Leg for tokio_rustls::client::TlsStream<T> {
-    fn abort(&mut self, reason: &Aborted) {
-        self.get_mut().0.abort(reason);
+    fn finish(&mut self) {
+        self.get_mut().0.finish();
     }
 }
 
@@ -69,8 +89,16 @@ impl Leg for TunnelStream {
 }
 
 impl<T: Leg + ?Sized> Leg for Box<T> {
+    fn arm(&mut self) {
+        (**self).arm();
+    }
+
     fn abort(&mut self, reason: &Aborted) {
         (**self).abort(reason);
+    }
+
+    fn finish(&mut self) {
+        (**self).finish();
     }
 }
 
@@ -116,7 +144,10 @@ pub fn relay(
     second: impl Leg,
     stop: impl Future<Output = Aborted>,
 ) -> impl Future<Output = Relayed> {
-    carry(Legs { first, second, finished: false }, stop)
+    let mut legs = Legs { first, second, finished: false };
+    legs.first.arm();
+    legs.second.arm();
+    carry(legs, stop)
 }
 
 async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = Aborted>) -> Relayed {
@@ -147,7 +178,11 @@ async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = 
     })
     .await;
     match end.reason() {
-        None => legs.finished = true,
+        None => {
+            legs.finished = true;
+            legs.first.finish();
+            legs.second.finish();
+        }
         Some(reason) => {
             legs.first.abort(reason);
             legs.second.abort(reason);

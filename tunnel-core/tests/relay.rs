@@ -1,7 +1,7 @@
 //! The relay between real TCP sockets: a FIN stays a FIN, a reset stays a reset.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{future::pending, time::Duration};
+use std::{future::pending, os::fd::AsFd, time::Duration};
 
 use socket2::SockRef;
 use tokio::{
@@ -109,6 +109,25 @@ async fn stopping_resets_both_sides() {
 #[tokio::test]
 async fn a_relay_that_is_dropped_resets_both_sides() {
     let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
+    relay.abort();
+    assert!(is_reset(&mut client).await);
+    assert!(is_reset(&mut target).await);
+}
+
+/// Where a killed process leaves its sockets, the kernel sends RST, not FIN: the relay has told it so beforehand.
+#[tokio::test]
+async fn a_relay_that_never_runs_again_resets_both_sides() {
+    let (mut client, client_leg) = connection().await;
+    let (mut target, target_leg) = connection().await;
+    let client_fd = client_leg.as_fd().try_clone_to_owned().unwrap();
+    let target_fd = target_leg.as_fd().try_clone_to_owned().unwrap();
+    let relay = tokio::spawn(relay(client_leg, target_leg, pending()));
+    client.write_all(b"x").await.unwrap();
+    target.read_exact(&mut [0; 1]).await.unwrap();
+    // What the relay's own code does at its end must not count: ask the kernel as it stands now.
+    assert_eq!(SockRef::from(&client_fd).linger().unwrap(), Some(Duration::ZERO));
+    assert_eq!(SockRef::from(&target_fd).linger().unwrap(), Some(Duration::ZERO));
+    drop((client_fd, target_fd));
     relay.abort();
     assert!(is_reset(&mut client).await);
     assert!(is_reset(&mut target).await);

@@ -1,0 +1,1 @@
+//! Benches only; see `benches/`. Run them with `cargo bench -p tunnel-benches`.

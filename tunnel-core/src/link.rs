@@ -164,8 +164,8 @@ pub enum OpenError {
     /// No answer in time.
     #[error("the edge did not answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
-    /// The link went away.
-    #[error("the link was lost: {0}")]
+    /// The link, or this stream of it, went away.
+    #[error("{0}")]
     LinkLost(String),
     /// The far side broke the protocol.
     #[error("the edge's answer was unusable: {0}")]
@@ -284,7 +284,7 @@ impl LinkHandle {
 
     fn end_reason(&self) -> String {
         let ended = self.shared.streams.ended();
-        ended.map_or_else(|| "the stream was reset".to_owned(), ToString::to_string)
+        ended.map_or_else(|| "the edge dropped the stream before it answered".to_owned(), ToString::to_string)
     }
 
     /// Tells the far side to send no new streams; running ones have until `deadline` from now.

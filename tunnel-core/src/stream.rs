@@ -128,7 +128,8 @@ impl Streams {
         let reason = self.ended.get_or_init(|| reason).clone();
         let entries: Vec<_> = self.entries.lock().values().cloned().collect();
         for entry in entries {
-            entry.abort(reason.clone());
+            entry.ends.lock().link_lost(reason.clone());
+            entry.wake();
         }
     }
 

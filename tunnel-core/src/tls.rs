@@ -236,6 +236,13 @@ impl ClientTls {
         TlsConnector::from(self.0.current.load().config.clone())
     }
 
+    /// For a connection that offers these application protocols and not all of its domain's.
+    pub fn connector_offering(&self, protocols: &[&[u8]]) -> TlsConnector {
+        let mut config = ClientConfig::clone(&self.0.current.load().config);
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        TlsConnector::from(Arc::new(config))
+    }
+
     /// This side's own certificate, to read its names from.
     pub fn certificate(&self) -> CertificateDer<'static> {
         self.0.current.load().certificate.clone()
@@ -289,6 +296,10 @@ fn client_config(domain: Domain, files: &Files, parsed: Parsed) -> Result<Client
 pub fn explain(error: &io::Error) -> String {
     match tls_error(error) {
         Some(error) => explain_tls(error),
+        // The library's own text is about its API, not about what happened.
+        None if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "the far side hung up without a word".to_owned()
+        }
         None => error.to_string(),
     }
 }
@@ -300,7 +311,9 @@ pub fn label(error: &io::Error) -> &'static str {
         Some(E::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
             "expired"
         }
-        Some(E::InvalidCertificate(CertificateError::UnknownIssuer)) => "unknown_ca",
+        Some(E::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
+            "unknown_ca"
+        }
         Some(E::InvalidCertificate(_)) => "bad_certificate",
         Some(E::NoCertificatesPresented) => "no_certificate",
         Some(E::NoApplicationProtocol) => "alpn",
@@ -325,7 +338,8 @@ fn explain_tls(error: &rustls::Error) -> String {
         E::InvalidCertificate(CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }) => {
             "the far side's certificate is not valid yet: check both clocks".to_owned()
         }
-        E::InvalidCertificate(CertificateError::UnknownIssuer) => {
+        // A bad signature: another CA of the same name, as when a PKI was made anew.
+        E::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
             "the far side's certificate was not issued by the CA configured for this side: \
              check that both use the same CA, and that the certificate is of the right trust domain"
                 .to_owned()

@@ -103,6 +103,14 @@ impl Ends {
         self.aborted.get_or_insert(reason);
     }
 
+    /// The stream's link is gone. That cuts the stream unless the link has done all its work for it: then what the
+    /// multiplexer still holds is read to its end, and counted, as ever.
+    pub fn link_lost(&mut self, reason: Aborted) {
+        if !(self.send_finished && self.announced.is_some()) {
+            self.abort(reason);
+        }
+    }
+
     /// What is known of the receiving direction.
     pub fn verdict(&self) -> Verdict {
         match (&self.aborted, self.announced) {
@@ -172,6 +180,33 @@ mod tests {
         ends.handle_end(5);
         ends.received(6);
         assert!(matches!(ends.verdict(), Verdict::Aborted(Aborted { code: AbortCode::Truncated, .. })));
+    }
+
+    #[test]
+    fn a_lost_link_cuts_only_what_still_needs_it() {
+        let lost = || Aborted::new(AbortCode::LinkLost, "lost");
+        let mut done = Ends::default();
+        done.finish_sending();
+        done.handle_end(5);
+        done.link_lost(lost());
+        // The bytes are there and only have to be read.
+        done.received(5);
+        assert_eq!(done.eof(), Verdict::Clean);
+        let mut short = Ends::default();
+        short.finish_sending();
+        short.handle_end(5);
+        short.link_lost(lost());
+        assert!(matches!(short.eof(), Verdict::Aborted(Aborted { code: AbortCode::Truncated, .. })));
+        for sending_finished in [true, false] {
+            let mut ends = Ends::default();
+            if sending_finished {
+                ends.finish_sending();
+            } else {
+                ends.handle_end(0);
+            }
+            ends.link_lost(lost());
+            assert_eq!(ends.verdict(), Verdict::Aborted(lost()));
+        }
     }
 
     #[derive(Clone, Debug)]

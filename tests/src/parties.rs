@@ -1,0 +1,184 @@
+//! The real gateway and the real edges, set up for tests, over whatever network the test has.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::{Arc, LazyLock, Mutex},
+    time::Duration,
+};
+
+use prometheus_client::{encoding::text::encode, registry::Registry};
+use rustls::pki_types::ServerName;
+use tempfile::TempDir;
+use tokio_rustls::client::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tunnel_core::{
+    Host, Leg, LinkConfig, NodeId, Target,
+    tls::{ClientTls, Domain, Files, ServerTls},
+};
+use tunnel_edge::{
+    Agent,
+    config::{Backoff, Config},
+    metrics::Metrics,
+    network::Network,
+};
+use tunnel_server::{
+    Accept, Gateway, GatewaySettings, Grants, Identifier,
+    pki::{
+        AltName, Profile, Validity,
+        files::{Init, init, issue},
+    },
+};
+
+use crate::plan::NODES;
+
+/// Where gateways take edges.
+pub const EDGE_PORT: u16 = 8443;
+/// Where gateways take the control plane.
+pub const INGRESS_PORT: u16 = 8131;
+/// The kubelet's port on every node.
+pub const KUBELET_PORT: u16 = 10250;
+/// A name that every gateway's certificates are for.
+pub const GATEWAY: &str = "gateway";
+/// An address that both nodes hold.
+pub const SHARED_ADDRESS: &str = "10.0.0.5";
+
+const VALID: Duration = Duration::from_secs(24 * 3600);
+
+/// Every certificate of the tests, as `pki init` and `pki issue` write them. Made once for a process.
+pub fn pki() -> &'static Path {
+    static FOLDER: LazyLock<TempDir> = LazyLock::new(|| {
+        let folder = TempDir::with_prefix("tunnel-tests-").unwrap();
+        let validity = Validity::lasting(VALID);
+        let names = ["gateway", "localhost"].map(|name| AltName::Dns(name.to_owned()));
+        let addresses = [AltName::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST))];
+        init(
+            folder.path(),
+            &Init {
+                gateway: GATEWAY.parse().unwrap(),
+                names: names.into_iter().chain(addresses).collect(),
+                client: "control-plane".to_owned(),
+                validity,
+                ca_validity: validity,
+            },
+        )
+        .unwrap();
+        for node in NODES {
+            let profile = Profile::Edge { node: node.parse().unwrap() };
+            issue(folder.path(), Domain::Edge, &profile, node, validity, None).unwrap();
+        }
+        folder
+    });
+    FOLDER.path()
+}
+
+/// Credentials by side and name, as `pki` lays them out.
+pub fn files(side: Domain, name: &str) -> Files {
+    let folder = pki().join(side.to_string());
+    Files {
+        cert: folder.join(format!("{name}.crt")),
+        key: folder.join(format!("{name}.key")),
+        ca: folder.join("ca.crt"),
+    }
+}
+
+/// Looks into the gateway that runs now, also after it was killed and started again.
+#[derive(Clone, Default)]
+pub struct GatewayProbe(Arc<Mutex<Registry>>);
+
+impl GatewayProbe {
+    /// All of `/metrics`.
+    pub fn metrics(&self) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.0.lock().unwrap()).unwrap();
+        text
+    }
+
+    /// The sum of a metric over all its labels that contain `labels`; 0 if there is none.
+    pub fn sum(&self, name: &str, labels: &str) -> f64 {
+        let text = self.metrics();
+        let values = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])) && line.contains(labels)
+        });
+        values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// Streams that are being relayed.
+    pub fn active_streams(&self) -> usize {
+        self.sum("tunnel_server_streams_active", "") as usize
+    }
+
+    /// Links that are up.
+    pub fn links(&self) -> usize {
+        self.sum("tunnel_server_links", "") as usize
+    }
+}
+
+/// A gateway without doors that `probe` can look into. Both nodes are known to it and hold the same address.
+pub fn gateway(heartbeat: Duration, seed: u64, probe: &GatewayProbe) -> Gateway {
+    let grants = NODES.map(|node| {
+        let shared: Host = SHARED_ADDRESS.parse().unwrap();
+        (node.parse::<NodeId>().unwrap(), Identifier::Host(shared))
+    });
+    let settings = GatewaySettings {
+        heartbeat,
+        // No growing windows: the multiplexer would measure them by real time.
+        link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
+        grants: Grants::from_iter(grants),
+        handshake_timeout: Duration::from_secs(5),
+        drain_timeout: Duration::from_secs(5),
+        request_seed: seed as u32,
+        ..GatewaySettings::new(GATEWAY.parse().unwrap())
+    };
+    let mut registry = Registry::default();
+    let gateway = Gateway::new(settings, &mut registry);
+    *probe.0.lock().unwrap() = registry;
+    gateway
+}
+
+/// Runs a gateway behind these doors until `shutdown`.
+pub async fn run_gateway(
+    edges: impl Accept,
+    ingress: impl Accept,
+    heartbeat: Duration,
+    seed: u64,
+    probe: &GatewayProbe,
+    shutdown: CancellationToken,
+) {
+    let mut gateway = gateway(heartbeat, seed, probe);
+    gateway.serve_edges(edges, ServerTls::load(Domain::Edge, files(Domain::Edge, "gateway")).unwrap());
+    let tls = ServerTls::load(Domain::ControlPlane, files(Domain::ControlPlane, "gateway")).unwrap();
+    gateway.serve_ingress(ingress, tls);
+    gateway.run(shutdown).await;
+}
+
+/// What an edge of a test runs with: it redials soon, since tests have no hours.
+pub fn edge_config(node: &str, gateway: Target) -> Config {
+    Config {
+        link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
+        backoff: Backoff {
+            min: Duration::from_millis(200),
+            max: Duration::from_secs(3),
+            reset_after: Duration::from_secs(5),
+        },
+        connect_timeout: Duration::from_secs(5),
+        drain_timeout: Duration::from_secs(5),
+        ..Config::new(node.parse().unwrap(), vec![gateway], files(Domain::Edge, node))
+    }
+}
+
+/// Runs an edge until `shutdown`.
+pub async fn run_edge(config: Config, network: impl Network, seed: u64, shutdown: CancellationToken) {
+    let tls = ClientTls::load(Domain::Edge, config.tls.clone()).unwrap();
+    let metrics = Metrics::new(&mut Registry::default());
+    Agent::new(config, tls, network, seed, metrics).run(shutdown).await;
+}
+
+/// TLS as the control plane's client, to a gateway's ingress, for HTTP/1.1.
+pub async fn control_plane_tls<C: Leg>(connection: C) -> std::io::Result<TlsStream<C>> {
+    static TLS: LazyLock<ClientTls> = LazyLock::new(|| {
+        ClientTls::load(Domain::ControlPlane, files(Domain::ControlPlane, "client")).unwrap()
+    });
+    let name = ServerName::try_from(GATEWAY).unwrap();
+    TLS.connector_offering(&[b"http/1.1"]).connect(name, connection).await
+}

@@ -1,0 +1,20 @@
+//! What every daemon of the project needs: settings, logs, the admin listener, signals.
+//!
+//! Both binaries use it, so that an operator who knows one knows the other. Nothing here knows about links, edges or
+//! gateways, and credentials, which reload from disk, are not here either.
+
+pub mod admin;
+pub mod log;
+pub mod settings;
+pub mod signal;
+
+use std::time::Duration;
+
+crate::settings_group! {
+    /// Drain (the end of a process, in good order)
+    pub struct DrainSettings in "drain" {
+        /// How long running streams may go on after the first SIGTERM or SIGINT. No new work is taken in that time;
+        /// what is left at its end is reset. A second signal ends it at once.
+        timeout: Duration = "30s",
+    }
+}

@@ -1,0 +1,198 @@
+//! A link that is up, from the gateway's welcome to its end: hands each new stream to `stream`, follows the gateway's
+//! wishes, drains at shutdown. Started by `agent`, one task per link; the task owns all streams of its link.
+//!
+//! An end by drain goes in this order: no new streams; running ones finish; at the deadline the rest is stopped, which
+//! tells the far side why; only then the link is closed.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::{JoinError, JoinSet},
+    time::{Instant, interval, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+use tunnel_core::{
+    Host, Link, LinkError, LinkEvent, LinkHandle,
+    proto::messages::{Drain, Welcome},
+};
+
+use crate::{
+    metrics::Metrics,
+    network::Network,
+    status::LinkUp,
+    stream::{self, Dialing},
+};
+
+/// Streams that were stopped at a deadline have this long to tell the far side.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+/// How often the link's round-trip time goes into the metrics.
+const RTT_PERIOD: Duration = Duration::from_secs(5);
+
+/// Where a link is in its life, as its agent sees it. Only ever moves down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Streams come over it.
+    Up,
+    /// The gateway sends no new streams; old ones run on.
+    Draining,
+    /// It is gone.
+    Ended,
+}
+
+/// What a link's task is given.
+pub(crate) struct Serving<N: Network> {
+    /// The gateway's address, for the log.
+    pub(crate) gateway: String,
+    pub(crate) dialing: Arc<Dialing<N>>,
+    pub(crate) phase: watch::Sender<Phase>,
+    /// Cancelled when this process shall drain.
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) up: LinkUp,
+    pub(crate) metrics: Metrics,
+}
+
+/// Serves a link until it has ended, and all its streams with it.
+pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving: Serving<N>) {
+    let begun = Instant::now();
+    let mut session = Session {
+        handle: link.handle(),
+        streams: JoinSet::new(),
+        own_names: serving.dialing.own_names(&welcome.granted),
+        stop: CancellationToken::new(),
+        drain: DrainState::default(),
+        serving,
+    };
+    let end = session.run(&mut link).await;
+    let Session { serving, mut streams, drain, stop, .. } = session;
+    let Serving { gateway, phase, up, metrics, .. } = serving;
+    let lasted_s = begun.elapsed().as_secs();
+    if drain.leaving {
+        info!(gateway, cause = %end, lasted_s, "link closed");
+    } else {
+        warn!(gateway, cause = %end, lasted_s, streams = streams.len(), "link lost, and its streams with it");
+    }
+    metrics.link_lost(end.label());
+    up.lost(format!("{gateway}: link lost: {end}"));
+    phase.send_replace(Phase::Ended);
+    // The link's end has aborted them all: each has only to notice.
+    stop.cancel();
+    while streams.join_next().await.is_some() {}
+}
+
+struct Session<N: Network> {
+    handle: LinkHandle,
+    streams: JoinSet<()>,
+    own_names: Arc<[Host]>,
+    /// Ends every stream.
+    stop: CancellationToken,
+    drain: DrainState,
+    serving: Serving<N>,
+}
+
+#[derive(Debug, Default)]
+struct DrainState {
+    /// This side ends the link as soon as no stream is left.
+    leaving: bool,
+    /// When streams that still run are stopped; after that, when the link is closed whatever they do.
+    deadline: Option<Instant>,
+    stopped: bool,
+}
+
+impl<N: Network> Session<N> {
+    async fn run(&mut self, link: &mut Link) -> LinkError {
+        let shutdown = self.serving.shutdown.clone();
+        let mut rtt = interval(RTT_PERIOD);
+        loop {
+            // A shutdown first, so that a stream behind it is refused. Then the link, which must never wait for the
+            // edge's own work; finished streams before the deadline that would stop them.
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled(), if !self.drain.leaving => self.leave(),
+                event = link.next() => match event {
+                    LinkEvent::Stream(incoming) => self.begin_stream(incoming),
+                    LinkEvent::Draining(drain) => self.gateway_drains(&drain),
+                    LinkEvent::Updated(update) => {
+                        info!(gateway = self.serving.gateway, granted = ?update.granted, "granted names have changed");
+                        self.own_names = self.serving.dialing.own_names(&update.granted);
+                    }
+                    LinkEvent::Closed(error) => return error,
+                },
+                Some(ended) = self.streams.join_next() => self.stream_ended(ended),
+                () = sleep_until(self.drain.deadline.unwrap_or_else(Instant::now)), if self.drain.deadline.is_some() => {
+                    self.deadline_passed();
+                }
+                _ = rtt.tick() => self.measure(),
+            }
+        }
+    }
+
+    fn begin_stream(&mut self, incoming: tunnel_core::Incoming) {
+        let (dialing, own_names) = (self.serving.dialing.clone(), self.own_names.clone());
+        let (stop, draining) = (self.stop.clone(), self.drain.leaving);
+        self.streams
+            .spawn(async move { stream::serve(&dialing, &own_names, incoming, &stop, draining).await });
+    }
+
+    /// This process goes: the gateway is told, and streams have until the drain timeout.
+    fn leave(&mut self) {
+        let timeout = self.serving.drain_timeout;
+        self.handle.drain(timeout, "the edge is shutting down");
+        let deadline = Instant::now() + timeout;
+        self.drain.leaving = true;
+        self.drain.deadline = Some(self.drain.deadline.map_or(deadline, |known| known.min(deadline)));
+        self.close_if_idle();
+    }
+
+    /// The gateway goes: the agent is told to look for another one, while streams have as long as the gateway says.
+    fn gateway_drains(&mut self, drain: &Drain) {
+        let time_left = Duration::from_millis(drain.deadline_ms.into());
+        info!(
+            gateway = self.serving.gateway,
+            reason = drain.reason,
+            streams = self.streams.len(),
+            deadline_s = time_left.as_secs(),
+            "the gateway drains; moving to another one"
+        );
+        let deadline = Instant::now() + time_left;
+        self.drain.deadline = Some(self.drain.deadline.map_or(deadline, |known| known.min(deadline)));
+        self.serving.phase.send_replace(Phase::Draining);
+    }
+
+    fn stream_ended(&mut self, ended: Result<(), JoinError>) {
+        if let Err(error) = ended {
+            error!(%error, "a stream's task failed; its connection was reset");
+        }
+        self.close_if_idle();
+    }
+
+    fn close_if_idle(&mut self) {
+        if self.drain.leaving && self.streams.is_empty() {
+            self.handle.close("drained");
+            self.drain.deadline = None;
+        }
+    }
+
+    fn deadline_passed(&mut self) {
+        if self.drain.stopped {
+            self.handle.close("streams did not end at the drain deadline");
+            self.drain.deadline = None;
+            return;
+        }
+        debug!(gateway = self.serving.gateway, streams = self.streams.len(), "the drain deadline has passed");
+        self.stop.cancel();
+        self.drain.stopped = true;
+        self.drain.leaving = true;
+        self.drain.deadline = Some(Instant::now() + STOP_GRACE);
+        self.close_if_idle();
+    }
+
+    fn measure(&self) {
+        let is_newest = *self.serving.phase.borrow() == Phase::Up;
+        if let Some(rtt) = self.handle.rtt().filter(|_| is_newest) {
+            self.serving.metrics.rtt.set(rtt.smoothed.as_secs_f64());
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The command line of `tunnel-server`.
+
+mod pki;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{Args, Parser, Subcommand};
+use humantime::format_duration;
+use tunnel_edge::daemon::settings::{Flags, Size, environment};
+
+pub use pki::PkiCommand;
+
+use crate::config::{Config, Settings};
+
+/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way.
+const RELAY_BUFFERS: usize = 2 * 64 * 1024;
+/// What a stream's receive window holds before it grows into the link's budget.
+const STREAM_WINDOW: usize = 256 * 1024;
+
+const RUN_EXAMPLES: &str = "\x1b[1;4mExamples:\x1b[0m
+  A gateway with certificates of its own making, then a second look before it runs:
+      tunnel-server pki init pki --dns gateway.example
+      tunnel-server check-config --config gateway.yaml
+      tunnel-server run --config gateway.yaml
+
+  With the file, and two values of it replaced:
+      TUNNEL_SERVER_LOG_FORMAT=json tunnel-server run --config gateway.yaml --drain-timeout 2m
+
+\x1b[1;4mFile:\x1b[0m
+  edges:
+    cert: pki/edge/gateway.crt
+    key: pki/edge/gateway.key
+    client_ca: pki/edge/ca.crt
+  ingress:
+    cert: pki/control-plane/gateway.crt
+    key: pki/control-plane/gateway.key
+    client_ca: pki/control-plane/ca.crt
+    allowed_clients: [kube-apiserver]
+  grants:
+    - node: edge-a
+      cidrs: [10.9.0.0/16]
+      hosts: [db.edge-a.example]
+
+Documentation: docs/configuration.md in the source tree.";
+
+/// Carries a control plane's connections to Kubernetes nodes, over the links that their edges dial out.
+#[derive(Debug, Parser)]
+#[command(name = "tunnel-server", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a gateway
+    ///
+    /// Every setting can be given as a flag, as an environment variable, or in a YAML file, and wins in that order.
+    /// `--link-max-streams 64` is `TUNNEL_SERVER_LINK_MAX_STREAMS=64`, or `link: {max_streams: 64}` in the file. Durations are
+    /// written with their unit, as in 500ms, 10s, 1m30s; sizes are bytes, or have a unit, as in 64KiB, 1MiB. A flag for a
+    /// list may come several times, or once with commas (grants: with semicolons).
+    #[command(after_long_help = RUN_EXAMPLES)]
+    Run(Flags<Settings>),
+    /// Check settings and credentials, and say what a gateway would do with them
+    ///
+    /// Takes what `run` takes. Names everything that is wrong, with its place, and then exits with 1.
+    CheckConfig(Flags<Settings>),
+    /// Make CAs and certificates, for a start without a PKI
+    #[command(subcommand)]
+    Pki(PkiCommand),
+    /// Run a gateway and edges in this process, with throwaway certificates, to try things out
+    Dev(DevArgs),
+}
+
+/// How `dev` goes about it.
+#[derive(Clone, Debug, Args)]
+pub struct DevArgs {
+    /// Send traffic through the tunnel, say how it went, and end
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// What the binary goes on with, after the command line has been dealt with.
+#[derive(Debug)]
+pub enum Next {
+    /// Run a gateway.
+    Run(Box<Config>),
+    /// Run everything in this process.
+    Dev(DevArgs),
+    /// Nothing more: all was said.
+    Exit(ExitCode),
+}
+
+impl Cli {
+    /// Does what needs no runtime.
+    pub fn prepare(self) -> io::Result<Next> {
+        match self.command {
+            Command::Run(flags) => match flags.load(environment) {
+                Ok(config) => Ok(Next::Run(config.into())),
+                Err(problems) => {
+                    let count = tunnel_edge::cli::count(problems.count());
+                    writeln!(io::stderr(), "{problems}\n{count}; nothing was started")?;
+                    Ok(Next::Exit(ExitCode::FAILURE))
+                }
+            },
+            Command::CheckConfig(flags) => check(&flags).map(Next::Exit),
+            Command::Pki(command) => command.execute().map(Next::Exit),
+            Command::Dev(args) => Ok(Next::Dev(args)),
+        }
+    }
+}
+
+fn check(flags: &Flags<Settings>) -> io::Result<ExitCode> {
+    let (problems, count) = match flags.load(environment) {
+        Ok(config) => match config.check_files() {
+            Ok(()) => {
+                io::stdout().write_all(summary(&config).as_bytes())?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            Err(problems) => (problems.join("\n"), problems.len()),
+        },
+        Err(problems) => (problems.to_string(), problems.count()),
+    };
+    writeln!(io::stderr(), "{problems}\n{}", tunnel_edge::cli::count(count))?;
+    Ok(ExitCode::FAILURE)
+}
+
+/// What a gateway would do with this configuration.
+fn summary(config: &Config) -> String {
+    let ingress = &config.ingress;
+    let tcp = ingress.tcp.as_ref().map(|tcp| {
+        let clients = match tcp.allowed_clients.as_slice() {
+            [] => "from any client of its CA".to_owned(),
+            names => format!("from {}", names.join(", ")),
+        };
+        format!("{} over TLS {clients}", tcp.listen)
+    });
+    let unix = ingress.unix.as_ref().map(|unix| format!("{} (mode {:04o})", unix.path.display(), unix.mode));
+    let listeners = [tcp, unix].into_iter().flatten().collect::<Vec<_>>().join(", ");
+    let admin = config.admin.map_or_else(|| "off".to_owned(), |address| format!("http://{address}"));
+    format!(
+        "The configuration is good. This gateway would
+  be gateway       {}
+  take edges at    {} ({} links, {} a node)
+  take clients at  {listeners}
+  carry            {} connections, {} streams each over HTTP/2
+  route            by node name, then by its grants
+  beat             every {}
+  drain for        {}
+  answer at        {admin}
+{}",
+        config.gateway_id,
+        config.edges.listen,
+        config.edges.max_links,
+        config.edges.max_links_per_node,
+        ingress.max_connections,
+        ingress.max_streams_per_connection,
+        format_duration(config.heartbeat),
+        format_duration(config.drain_timeout),
+        memory(config),
+    )
+}
+
+/// The worst case: everything that the limits allow is there at once, and nobody reads.
+fn memory(config: &Config) -> String {
+    let (ingress, link) = (&config.ingress, &config.link);
+    let asked = ingress.max_connections.saturating_mul(ingress.max_streams_per_connection as usize);
+    let streams = asked.min(config.edges.max_links.saturating_mul(link.max_streams));
+    // Only a link that carries a stream can have grown its windows.
+    let busy_links = streams.min(config.edges.max_links);
+    let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
+    let of_links = busy_links.saturating_mul(link.window_budget);
+    let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
+    let total = of_streams.saturating_add(of_links).saturating_add(of_heads);
+    format!(
+        "  buffer at most   {}, if every limit is reached at once and nobody reads:
+      {:>10}  {streams} streams x {}
+      {:>10}  {busy_links} links x {} (link.receive_window)
+      {:>10}  {} connections x {} (ingress.max_header_size)
+",
+        rounded(total),
+        rounded(of_streams),
+        Size(STREAM_WINDOW + RELAY_BUFFERS),
+        rounded(of_links),
+        Size(link.window_budget),
+        rounded(of_heads),
+        ingress.max_connections,
+        Size(ingress.max_header_size),
+    )
+}
+
+/// A size to take in at a glance.
+fn rounded(bytes: usize) -> String {
+    let units = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.into_iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_rounded_down_to_a_glance() {
+        let shown = [0, 1023, 1536, 5 << 20, (3 << 30) + (1 << 29)].map(rounded);
+        assert_eq!(shown, ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.5 GiB"]);
+    }
+}

@@ -1,0 +1,200 @@
+//! Tests of what a gateway makes of its settings.
+
+use std::{ffi::OsString, io::Write};
+
+use clap::{Args, Command, FromArgMatches};
+use tunnel_edge::daemon::settings::{Flags, Settings as _};
+
+use super::*;
+
+const NEEDED: &str = "
+gateway_id: gw-1
+edges: {cert: a.crt, key: a.key, client_ca: ca.crt}
+ingress: {cert: b.crt, key: b.key, client_ca: ca.crt}
+";
+
+fn load(file: &str, flags: &[&str]) -> Result<Config, String> {
+    let mut written = tempfile::NamedTempFile::new().unwrap();
+    written.write_all(file.as_bytes()).unwrap();
+    let path = written.path().to_str().unwrap();
+    let command = Flags::<Settings>::augment_args(Command::new("tunnel-server"));
+    let given = ["tunnel-server", "--config", path].into_iter().chain(flags.iter().copied());
+    let matches = command.try_get_matches_from(given).unwrap();
+    let flags = Flags::<Settings>::from_arg_matches(&matches).unwrap();
+    flags.load(|_| None).map_err(|problems| problems.to_string().replace(path, "FILE"))
+}
+
+fn load_with(more: &str) -> Result<Config, String> {
+    load(&format!("{NEEDED}{more}"), &[])
+}
+
+#[test]
+fn the_defaults_are_those_of_the_documentation() {
+    let config = load_with("").unwrap();
+    assert_eq!(config.edges.listen.to_string(), "0.0.0.0:8443");
+    assert_eq!((config.edges.max_links, config.edges.max_links_per_node), (10_000, 4));
+    let tcp = config.ingress.tcp.as_ref().unwrap();
+    assert_eq!((tcp.listen.to_string().as_str(), tcp.allowed_clients.len()), ("127.0.0.1:8131", 0));
+    assert_eq!(config.ingress.unix, None);
+    assert_eq!(config.ingress.max_header_size, 16 * 1024);
+    assert_eq!(config.heartbeat, Duration::from_secs(10));
+    assert_eq!((config.link.max_streams, config.link.window_budget), (1024, 64 << 20));
+    assert_eq!(config.admin.unwrap().port(), 8132);
+}
+
+#[test]
+fn the_host_names_the_gateway() {
+    let file = NEEDED.replace("gateway_id: gw-1", "");
+    match load(&file, &[]) {
+        Ok(config) => {
+            assert_eq!(Some(config.gateway_id.to_string()), host_name().map(|name| name.to_lowercase()));
+        }
+        Err(problems) => {
+            assert!(problems.starts_with("gateway_id: is not set: the host name cannot serve"), "{problems}");
+        }
+    }
+}
+
+#[test]
+fn a_unix_socket_alone_needs_no_ingress_certificate() {
+    let file = "
+gateway_id: gw-1
+edges: {cert: a.crt, key: a.key, client_ca: ca.crt}
+ingress: {listen: none, unix: /run/tunnel.sock, unix_mode: 0600}
+";
+    let config = load(file, &[]).unwrap();
+    assert!(config.ingress.tcp.is_none());
+    assert_eq!(config.ingress.unix, Some(IngressUnix { path: "/run/tunnel.sock".into(), mode: 0o600 }));
+}
+
+#[test]
+fn file_modes_are_octal() {
+    for (text, mode) in
+        [("0660", 0o660), ("660", 0o660), ("0o660", 0), ("888", 0), ("", 0), ("1777", 0), ("+7", 0)]
+    {
+        assert_eq!(FileMode::parse(text).map_or(0, |mode| mode.0), mode, "{text}");
+    }
+}
+
+#[test]
+fn somebody_must_be_able_to_connect() {
+    let file = NEEDED.replace("ingress: {", "ingress: {listen: none, ");
+    let problems = load(&file, &[]).unwrap_err();
+    assert_eq!(
+        problems,
+        "FILE:4:19: ingress.listen: is none and ingress.unix is not set, so that no control plane could connect: \
+         set one of them"
+    );
+}
+
+#[test]
+fn listeners_must_not_share_a_port() {
+    let problems =
+        load(NEEDED, &["--ingress-listen", "127.0.0.1:8443", "--admin-listen", "[::]:8443"]).unwrap_err();
+    let lines: Vec<&str> = problems.lines().collect();
+    assert_eq!(
+        lines[0],
+        "--ingress-listen: 0.0.0.0:8443 is where edges connect (edges.listen): use another port"
+    );
+    assert_eq!(lines[1], "--admin-listen: the port is that of edges.listen too: use another");
+    assert_eq!(lines[2], "--admin-listen: the port is that of ingress.listen too: use another");
+    let any =
+        ["--edges-listen", "127.0.0.1:0", "--ingress-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+    load(NEEDED, &any).unwrap();
+}
+
+#[test]
+fn grants_may_be_mappings_or_short() {
+    let expected = Grant {
+        node: "edge-a".parse().unwrap(),
+        addresses: vec!["10.1.2.3".parse().unwrap()],
+        cidrs: vec!["10.9.0.0/16".parse().unwrap(), "fd00::/8".parse().unwrap()],
+        hosts: vec![HostName::parse("db.local").unwrap()],
+        default_route: true,
+    };
+    let short =
+        "node=edge-a,address=::ffff:10.1.2.3,cidr=10.9.0.0/16,cidr=fd00::/8,host=DB.local.,default-route";
+    assert_eq!(Grant::parse(short), Ok(expected));
+    let config = load_with(
+        "grants:\n- node: edge-a\n  addresses: 10.1.2.3\n  cidrs: [10.9.0.0/16, 'fd00::/8']\n  hosts: [db.local]\n  default_route: true\n",
+    );
+    config.unwrap();
+    load(NEEDED, &["--grant", short, "--grant", "node=edge-b,address=10.1.2.3"]).unwrap();
+    load(NEEDED, &["--grants", "node=edge-b,address=10.1.2.3;node=edge-c"]).unwrap();
+}
+
+#[test]
+fn what_one_node_has_no_other_can() {
+    let problems = load_with(
+        "grants:
+- {node: edge-a, hosts: [db.local], cidrs: [10.0.0.0/8], addresses: [10.0.0.1], default_route: true}
+- {node: edge-b, hosts: [DB.local], cidrs: [10.0.0.0/8], addresses: [10.0.0.1], default_route: true}
+- {node: edge-a, hosts: [db.local]}
+",
+    )
+    .unwrap_err();
+    let expected = [
+        "FILE:7:3: grants: the host name db.local is granted to edge-b, but edge-a has it already (line 6): only one node can",
+        "FILE:7:3: grants: the network 10.0.0.0/8 is granted to edge-b, but edge-a has it already (line 6): only one node can",
+        "FILE:7:3: grants: the default route is granted to edge-b, but edge-a has it already (line 6): only one node can",
+    ];
+    assert_eq!(problems.lines().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn everything_wrong_with_grants_is_said_at_once() {
+    let problems = load_with(
+        "grants:
+- {node: Edge A, cidr: 10.0.0.0/8}
+- {cidrs: [10.0.0.1/8], hosts: [10.0.0.1], default_route: maybe}
+- node=edge-c,adress=10.0.0.1
+- [edge-d]
+",
+    )
+    .unwrap_err();
+    let says = [
+        "FILE:6:10: grants.node: \"Edge A\" is not a valid node name",
+        "FILE:6:18: grants.cidr: unknown key; did you mean cidrs?",
+        "FILE:7:3: grants.node: is not set: say whom the grant is for",
+        "FILE:7:12: grants.cidrs: \"10.0.0.1/8\" has bits set beyond its prefix: did you mean 10.0.0.0/8?",
+        "FILE:7:33: grants.hosts: \"10.0.0.1\" is not a host name",
+        "FILE:7:59: grants.default_route: \"maybe\" is not true or false",
+        "FILE:8:3: grants: \"node=edge-c,adress=10.0.0.1\" is not a grant: node=NAME and any of",
+        "FILE:9:3: grants: a list is not a grant: a mapping with the keys node, addresses,",
+    ];
+    for (line, says) in problems.lines().zip(says) {
+        assert!(line.starts_with(says), "{line}\n{says}");
+    }
+    assert_eq!(problems.lines().count(), says.len(), "{problems}");
+}
+
+#[test]
+fn missing_files_are_named_for_each_side() {
+    let problems = load_with("").unwrap().check_files().unwrap_err();
+    assert_eq!(problems.len(), 2);
+    assert!(problems[0].starts_with("edges: cannot read a.crt: "), "{problems:?}");
+    assert!(problems[1].starts_with("ingress: cannot read b.crt: "), "{problems:?}");
+}
+
+/// Kubernetes sets such variables for every Service: one named like the binary must not configure it.
+#[test]
+fn no_variable_is_one_that_a_service_sets() {
+    let specs = Settings::GROUPS.iter().flat_map(|group| group.settings);
+    for name in specs.map(|spec| spec.variable(Settings::ENV_PREFIX)) {
+        let rest = name.strip_prefix("TUNNEL_SERVER_").unwrap();
+        assert!(rest != "PORT" && !rest.starts_with("SERVICE_") && !rest.starts_with("PORT_"), "{name}");
+    }
+}
+
+#[test]
+fn grants_can_come_from_the_environment() {
+    let set = |name: &str| match name {
+        "TUNNEL_SERVER_GRANTS" => Some(OsString::from("node=a,host=x; node=b,host=y")),
+        "TUNNEL_SERVER_GATEWAY_ID" => Some("gw".into()),
+        name if name.ends_with("_CERT") || name.ends_with("_KEY") || name.ends_with("_CA") => {
+            Some("x".into())
+        }
+        _ => None,
+    };
+    Flags::<Settings>::default().load(set).unwrap();
+}

@@ -1,0 +1,312 @@
+//! Which links there are to which node. Filled by the edges' door, asked by `route`.
+//!
+//! Each registered link gets a number, rising, and leaves by that number when its [`Registration`] is dropped, so that
+//! the late end of an old link never removes a newer one.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tracing::{info, warn};
+use tunnel_core::{InstanceId, LinkHandle, NodeId};
+
+use crate::metrics::Metrics;
+
+/// Nodes without a link whose last sign of life is remembered; the one that was seen longest ago is forgotten first.
+const REMEMBERED: usize = 16 * 1024;
+
+/// How many links there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkLimits {
+    /// All together. At this many, further edges are rejected.
+    pub total: usize,
+    /// To one node. The oldest is closed when there would be more.
+    pub per_node: usize,
+}
+
+/// All links of a gateway.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    state: Mutex<State>,
+    limits: LinkLimits,
+    metrics: Metrics,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    nodes: BTreeMap<NodeId, Vec<Entry>>,
+    gone: Gone,
+    next_number: u64,
+    /// Links that hold a place, registered or superseded.
+    places: usize,
+}
+
+/// A link, newest first among those of its node.
+#[derive(Debug)]
+struct Entry {
+    number: u64,
+    instance: InstanceId,
+    link: LinkHandle,
+}
+
+/// What the registry knows about a node.
+#[derive(Debug)]
+pub(crate) enum Lookup {
+    /// These links take streams; the preferred one first. Never empty.
+    Links(Vec<LinkHandle>),
+    /// It has links, but all of them drain.
+    Draining,
+    /// It had a link, this long ago.
+    Offline {
+        /// Since its last link ended.
+        last_seen: Duration,
+    },
+    /// It never had a link, as far as is remembered.
+    Unknown,
+}
+
+/// The registry is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this gateway holds as many links as it may ({max})")]
+pub(crate) struct Full {
+    pub(crate) max: usize,
+}
+
+impl Registry {
+    pub(crate) fn new(limits: LinkLimits, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), limits, metrics })
+    }
+
+    /// A place for one more link, to be taken before it is welcomed.
+    pub(crate) fn place(self: &Arc<Self>) -> Result<Place, Full> {
+        let mut state = self.state.lock();
+        if state.places >= self.limits.total {
+            return Err(Full { max: self.limits.total });
+        }
+        state.places += 1;
+        Ok(Place(self.clone()))
+    }
+
+    /// Adds a link, which from now on is its node's preferred one.
+    pub(crate) fn register(
+        &self,
+        place: Place,
+        node: NodeId,
+        instance: InstanceId,
+        link: LinkHandle,
+    ) -> Registration {
+        let mut state = self.state.lock();
+        let number = state.next_number;
+        state.next_number += 1;
+        state.gone.forget(&node);
+        let entries = state.nodes.entry(node.clone()).or_default();
+        let several_before = has_several_instances(entries);
+        entries.insert(0, Entry { number, instance, link });
+        while entries.len() > self.limits.per_node.max(1) {
+            if let Some(oldest) = entries.pop() {
+                info!(%node, instance = %oldest.instance, "closing the oldest link: the node has newer ones");
+                oldest.link.close("superseded by newer links of the same node");
+            }
+        }
+        let several = has_several_instances(entries);
+        if several && !several_before {
+            warn!(%node, links = entries.len(),
+                  "two edge processes serve this node; the newest is preferred. Normal while an agent is being replaced");
+        }
+        self.count_several(several_before, several);
+        self.metrics.links.inc();
+        self.metrics.links_opened.inc();
+        Registration { place, node, number }
+    }
+
+    /// What there is for `node`.
+    pub(crate) fn lookup(&self, node: &NodeId) -> Lookup {
+        let state = self.state.lock();
+        let entries = state.nodes.get(node).into_iter().flatten().filter(|entry| !entry.link.is_closed());
+        let links: Vec<LinkHandle> = entries.map(|entry| entry.link.clone()).collect();
+        if links.is_empty() {
+            return state.last_seen(node);
+        }
+        let serving: Vec<LinkHandle> = links.into_iter().filter(|link| !link.peer_draining()).collect();
+        if serving.is_empty() { Lookup::Draining } else { Lookup::Links(serving) }
+    }
+
+    fn remove(&self, node: &NodeId, number: u64) {
+        let mut state = self.state.lock();
+        self.metrics.links.dec();
+        let Some(entries) = state.nodes.get_mut(node) else { return };
+        let several_before = has_several_instances(entries);
+        entries.retain(|entry| entry.number != number);
+        let several = has_several_instances(entries);
+        if entries.is_empty() {
+            state.nodes.remove(node);
+            state.gone.remember(node.clone(), Instant::now());
+        }
+        self.count_several(several_before, several);
+    }
+
+    fn count_several(&self, before: bool, now: bool) {
+        self.metrics.nodes_with_several_links.inc_by(i64::from(now) - i64::from(before));
+    }
+}
+
+impl State {
+    fn last_seen(&self, node: &NodeId) -> Lookup {
+        if self.nodes.contains_key(node) {
+            // Its link has just ended, and its task is about to say so.
+            return Lookup::Offline { last_seen: Duration::ZERO };
+        }
+        match self.gone.since.get(node) {
+            Some(seen) => Lookup::Offline { last_seen: seen.elapsed() },
+            None => Lookup::Unknown,
+        }
+    }
+}
+
+fn has_several_instances(entries: &[Entry]) -> bool {
+    entries.windows(2).any(|pair| pair[0].instance != pair[1].instance)
+}
+
+/// Nodes whose last link has ended, as many as are remembered.
+#[derive(Debug, Default)]
+struct Gone {
+    since: BTreeMap<NodeId, Instant>,
+    by_age: BTreeSet<(Instant, NodeId)>,
+}
+
+impl Gone {
+    fn remember(&mut self, node: NodeId, now: Instant) {
+        self.forget(&node);
+        self.since.insert(node.clone(), now);
+        self.by_age.insert((now, node));
+        if self.since.len() > REMEMBERED
+            && let Some((_, oldest)) = self.by_age.pop_first()
+        {
+            self.since.remove(&oldest);
+        }
+    }
+
+    fn forget(&mut self, node: &NodeId) {
+        if let Some(since) = self.since.remove(node) {
+            self.by_age.remove(&(since, node.clone()));
+        }
+    }
+}
+
+/// The right to one more link. Given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<Registry>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.state.lock().places -= 1;
+    }
+}
+
+/// A link's stay in the registry, which ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    place: Place,
+    node: NodeId,
+    number: u64,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.place.0.remove(&self.node, self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::testing::{TestLink, metrics, node};
+
+    const LIMITS: LinkLimits = LinkLimits { total: 3, per_node: 2 };
+
+    fn registry() -> Arc<Registry> {
+        Registry::new(LIMITS, metrics())
+    }
+
+    fn instance(number: u128) -> InstanceId {
+        InstanceId::from_random(number)
+    }
+
+    fn register(registry: &Arc<Registry>, name: &str, number: u128, link: &TestLink) -> Registration {
+        registry.register(registry.place().unwrap(), node(name), instance(number), link.gateway.clone())
+    }
+
+    /// How many links serve the node, and the number of streams on the preferred one, which tells links apart.
+    fn links(registry: &Registry, name: &str) -> Vec<LinkHandle> {
+        match registry.lookup(&node(name)) {
+            Lookup::Links(links) => links,
+            _ => Vec::new(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_link_is_preferred_and_a_late_end_leaves_it() {
+        let registry = registry();
+        let (old, new) = (TestLink::up().await, TestLink::up().await);
+        let old_stays = register(&registry, "edge-a", 1, &old);
+        assert_eq!(registry.metrics.nodes_with_several_links.get(), 0);
+        let new_stays = register(&registry, "edge-a", 2, &new);
+        assert_eq!(registry.metrics.nodes_with_several_links.get(), 1);
+        let both = links(&registry, "edge-a");
+        assert_eq!(both.len(), 2);
+        // Only the new link's edge is drained: the preferred one must be gone from the choice.
+        new.edge_drains().await;
+        assert_eq!(links(&registry, "edge-a").len(), 1);
+        assert!(both[0].peer_draining() && !both[1].peer_draining());
+
+        drop(old_stays);
+        assert!(matches!(registry.lookup(&node("edge-a")), Lookup::Draining));
+        assert_eq!(registry.metrics.nodes_with_several_links.get(), 0);
+        drop(new_stays);
+        advance(Duration::from_secs(40)).await;
+        let Lookup::Offline { last_seen } = registry.lookup(&node("edge-a")) else { panic!("not offline") };
+        assert_eq!(last_seen.as_secs(), 40);
+        assert!(matches!(registry.lookup(&node("edge-b")), Lookup::Unknown));
+    }
+
+    #[tokio::test]
+    async fn the_oldest_of_too_many_is_closed() {
+        let registry = registry();
+        let (first, second, third) = (TestLink::up().await, TestLink::up().await, TestLink::up().await);
+        let first_stays = register(&registry, "edge-a", 1, &first);
+        let _second = register(&registry, "edge-a", 1, &second);
+        let _third = register(&registry, "edge-a", 1, &third);
+        assert_eq!(links(&registry, "edge-a").len(), 2);
+        let why = first.closed().await.to_string();
+        assert!(why.contains("superseded"), "{why}");
+        assert_eq!(registry.metrics.nodes_with_several_links.get(), 0);
+        drop(first_stays);
+        assert_eq!(links(&registry, "edge-a").len(), 2);
+    }
+
+    #[tokio::test]
+    async fn places_are_counted_and_given_back() {
+        let registry = registry();
+        let places: Vec<Place> = (0..3).map(|_| registry.place().unwrap()).collect();
+        assert_eq!(registry.place().unwrap_err(), Full { max: 3 });
+        drop(places);
+        assert!(registry.place().is_ok());
+    }
+
+    #[test]
+    fn the_node_seen_longest_ago_is_forgotten_first() {
+        let mut gone = Gone::default();
+        let start = Instant::now();
+        for number in 0..=REMEMBERED as u64 {
+            gone.remember(node(&format!("n{number}")), start + Duration::from_secs(number));
+        }
+        assert_eq!((gone.since.len(), gone.by_age.len()), (REMEMBERED, REMEMBERED));
+        assert!(!gone.since.contains_key(&node("n0")) && gone.since.contains_key(&node("n1")));
+    }
+}

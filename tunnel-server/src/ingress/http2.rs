@@ -1,0 +1,331 @@
+//! HTTP CONNECT by HTTP/2 (RFC 9113, section 8.5): each stream of a connection is one request. Called by `ingress`.
+//!
+//! Uses `h2` directly, because ends must be exact: `END_STREAM` is an end of file, `RST_STREAM` a failure. Extended
+//! CONNECT (RFC 8441) is not announced; `h2` resets a stream that uses it all the same.
+
+use std::{
+    future::poll_fn,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use h2::{
+    Ping, PingPong, Reason, RecvStream, SendStream,
+    server::{Builder, Connection, SendResponse},
+};
+use http::{Method, Response, request::Parts};
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::JoinSet,
+    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
+};
+use tracing::{debug, warn};
+use tunnel_core::{Aborted, Leg, proto::messages::AbortCode};
+
+use super::{Asked, Client, Ingress, Protocol, reply::Refusal};
+use crate::{listener::report_panic, route::Request};
+
+/// How every HTTP/2 connection begins.
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Bytes that a client may send on one stream ahead of what the target takes.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// Largest window that HTTP/2 knows.
+const MAX_WINDOW: u32 = (1 << 31) - 1;
+/// Bytes of one stream that wait for a client.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Most bytes copied at once.
+const CHUNK: usize = 64 * 1024;
+/// A connection is probed this often, and dead if the answer takes as long.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// A connection without a stream is closed after this many probes.
+const IDLE_PROBES: u32 = 10;
+
+/// Serves a connection until it ends.
+pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client) {
+    let settings = &ingress.settings;
+    let mut builder = Builder::new();
+    builder
+        .max_concurrent_streams(settings.max_streams)
+        .max_header_list_size(u32::try_from(settings.max_header_size).unwrap_or(u32::MAX))
+        .initial_window_size(STREAM_WINDOW)
+        // Room for all streams at once: else those that are read slowly would use it up for all others.
+        .initial_connection_window_size(settings.max_streams.saturating_mul(STREAM_WINDOW).min(MAX_WINDOW))
+        .max_send_buffer_size(SEND_BUFFER);
+    match timeout(settings.header_timeout, builder.handshake(conn)).await {
+        Ok(Ok(connection)) => serve_connection(&ingress, connection, &client).await,
+        Ok(Err(error)) => lost(&ingress, &client, &error),
+        Err(_) => {
+            warn!(peer = %client.peer, "the HTTP/2 connection did not begin in time");
+            ingress.metrics.replied(Protocol::Http2.label(), 408, "head_timed_out");
+        }
+    }
+}
+
+async fn serve_connection<C: Leg>(
+    ingress: &Arc<Ingress>,
+    mut connection: Connection<C, Bytes>,
+    client: &Client,
+) {
+    let mut streams = JoinSet::new();
+    let mut keepalive = Keepalive::new(connection.ping_pong());
+    let (mut leaving, mut idle_probes) = (false, 0);
+    loop {
+        tokio::select! {
+            // Ended streams make room for new ones; leaving waits for what has arrived; probing can wait.
+            biased;
+            Some(ended) = streams.join_next() => report_panic("HTTP/2 stream", ended),
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    streams.spawn(serve_stream(ingress.clone(), client.clone(), request, respond));
+                }
+                Some(Err(error)) => {
+                    lost(ingress, client, &error);
+                    break;
+                }
+                None => break,
+            },
+            () = ingress.draining.cancelled(), if !leaving => {
+                leaving = true;
+                connection.graceful_shutdown();
+            }
+            alive = keepalive.probed() => {
+                idle_probes = if streams.is_empty() { idle_probes + 1 } else { 0 };
+                if !alive {
+                    warn!(peer = %client.peer, "the HTTP/2 connection is dead: its probe was not answered");
+                    break;
+                }
+                if idle_probes >= IDLE_PROBES && !leaving {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                }
+            }
+        }
+    }
+    // Streams that still run learn from this that their connection is gone.
+    drop(connection);
+    while let Some(ended) = streams.join_next().await {
+        report_panic("HTTP/2 stream", ended);
+    }
+}
+
+fn lost(ingress: &Ingress, client: &Client, error: &h2::Error) {
+    if error.is_io() || error.is_remote() {
+        debug!(peer = %client.peer, %error, "the HTTP/2 connection ended");
+    } else {
+        warn!(peer = %client.peer, %error, "the HTTP/2 connection was ended: the client broke the protocol");
+        ingress.metrics.replied(Protocol::Http2.label(), 400, "malformed");
+    }
+}
+
+/// Finds out whether a connection is alive.
+struct Keepalive {
+    pings: Option<PingPong>,
+    due: Interval,
+    waiting: bool,
+}
+
+impl Keepalive {
+    fn new(pings: Option<PingPong>) -> Self {
+        let mut due = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { pings, due, waiting: false }
+    }
+
+    /// Waits until the next probe is due; whether the last one was answered. Cancel-safe.
+    async fn probed(&mut self) -> bool {
+        let Some(pings) = &mut self.pings else { return std::future::pending().await };
+        loop {
+            tokio::select! {
+                // An answer that has come counts, however late it is seen.
+                biased;
+                pong = poll_fn(|cx| pings.poll_pong(cx)), if self.waiting => {
+                    self.waiting = false;
+                    if pong.is_err() {
+                        return false;
+                    }
+                }
+                _ = self.due.tick() => {
+                    let answered = !self.waiting;
+                    self.waiting = pings.send_ping(Ping::opaque()).is_ok();
+                    return answered;
+                }
+            }
+        }
+    }
+}
+
+/// Serves one request.
+async fn serve_stream(
+    ingress: Arc<Ingress>,
+    client: Client,
+    request: http::Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
+    let (head, body) = request.into_parts();
+    let asked = ingress.identify(asked(&head));
+    let request = match judge(&ingress, &client, &head, &asked) {
+        Ok(request) => request,
+        Err(refusal) => return refuse(&ingress, respond, &client, &asked, &refusal),
+    };
+    let gone = async {
+        // However it is gone, nobody waits any more.
+        let _ = poll_fn(|cx| respond.poll_reset(cx)).await;
+    };
+    let routed = match ingress.connect(Protocol::Http2, &request, gone).await {
+        Some(Ok(routed)) => routed,
+        Some(Err(refusal)) => return refuse(&ingress, respond, &client, &asked, &refusal),
+        None => return,
+    };
+    match respond.send_response(Response::new(()), false) {
+        Ok(send) => {
+            let leg = H2Leg::new(body, send);
+            let failed = leg.failed();
+            ingress.carry(Protocol::Http2, &request, routed, leg, failed).await;
+        }
+        Err(error) => {
+            debug!(request = request.id, %error, "the client went away as the target was connected");
+        }
+    }
+}
+
+fn asked(head: &Parts) -> Asked {
+    let field = |name: &str| {
+        let value = head.headers.get(name).and_then(|value| value.to_str().ok());
+        value.unwrap_or_default().to_owned()
+    };
+    let target = head.uri.authority().map(ToString::to_string).unwrap_or_default();
+    Asked { target, request_id: field("x-request-id"), traceparent: field("traceparent") }
+}
+
+fn judge(ingress: &Ingress, client: &Client, head: &Parts, asked: &Asked) -> Result<Request, Refusal> {
+    if head.method != Method::CONNECT {
+        return Err(Refusal::NotConnect { method: head.method.as_str().chars().take(32).collect() });
+    }
+    ingress.request(client, asked)
+}
+
+fn refuse(
+    ingress: &Ingress,
+    mut respond: SendResponse<Bytes>,
+    client: &Client,
+    asked: &Asked,
+    refusal: &Refusal,
+) {
+    let reply = ingress.refuse(Protocol::Http2, client, asked, refusal);
+    let body = reply.body();
+    let mut response = Response::builder().status(reply.status).header("content-length", body.len());
+    for (name, value) in reply.fields {
+        response = response.header(name, value);
+    }
+    let Ok(response) = response.body(()) else { return respond.send_reset(Reason::INTERNAL_ERROR) };
+    // Failure means that the client is gone.
+    if let Ok(mut send) = respond.send_response(response, false) {
+        let _ = send.send_data(body.into(), true);
+    }
+}
+
+/// One stream of a connection as a leg of a relay.
+struct H2Leg {
+    receive: RecvStream,
+    /// What has arrived and was not read yet.
+    unread: Bytes,
+    /// Shared only with [`H2Leg::failed`], in the same task.
+    send: Arc<Mutex<SendStream<Bytes>>>,
+    shut: bool,
+}
+
+impl H2Leg {
+    fn new(receive: RecvStream, send: SendStream<Bytes>) -> Self {
+        Self { receive, unread: Bytes::new(), send: Arc::new(Mutex::new(send)), shut: false }
+    }
+
+    /// Completes when the client resets the stream, also while nobody reads or writes it.
+    fn failed(&self) -> impl Future<Output = Aborted> + use<> {
+        let send = self.send.clone();
+        async move {
+            match poll_fn(|cx| send.lock().poll_reset(cx)).await {
+                Ok(reason) => {
+                    Aborted::new(AbortCode::Reset, format!("the client reset its stream: {reason}"))
+                }
+                Err(error) => {
+                    Aborted::new(AbortCode::Reset, format!("the client's connection broke: {error}"))
+                }
+            }
+        }
+    }
+}
+
+impl AsyncRead for H2Leg {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        while this.unread.is_empty() {
+            match ready!(this.receive.poll_data(cx)) {
+                Some(Ok(bytes)) => this.unread = bytes,
+                Some(Err(error)) => return Poll::Ready(Err(reset(error))),
+                None if this.receive.is_end_stream() => return Poll::Ready(Ok(())),
+                // RFC 9113, section 8.5: nothing but data may come on a connected stream.
+                None => return Poll::Ready(Err(reset("the client sent trailers"))),
+            }
+        }
+        let taken = this.unread.len().min(buf.remaining());
+        buf.put_slice(&this.unread[..taken]);
+        this.unread.advance(taken);
+        // Only what was taken makes room for more. It fails if the stream is gone, which reading on will show.
+        let _ = this.receive.flow_control().release_capacity(taken);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for H2Leg {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let mut send = self.send.lock();
+        let wanted = bytes.len().min(CHUNK);
+        if wanted == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        send.reserve_capacity(wanted);
+        let mut room = send.capacity();
+        while room == 0 {
+            room = match ready!(send.poll_capacity(cx)) {
+                Some(room) => room.map_err(reset)?,
+                None => return Poll::Ready(Err(reset("the stream is closed"))),
+            };
+        }
+        let written = wanted.min(room);
+        send.send_data(Bytes::copy_from_slice(&bytes[..written]), false).map_err(reset)?;
+        Poll::Ready(Ok(written))
+    }
+
+    /// The connection's task sends by itself what it was given.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.shut {
+            self.shut = true;
+            self.send.lock().send_data(Bytes::new(), true).map_err(reset)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Leg for H2Leg {
+    fn abort(&mut self, _: &Aborted) {
+        self.send.lock().send_reset(Reason::CONNECT_ERROR);
+    }
+}
+
+fn reset(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}

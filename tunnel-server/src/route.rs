@@ -1,0 +1,220 @@
+//! From a request to a stream: which node serves the target, and over which of its links. Called by both ingress
+//! protocols; asks `grants` and `edges::registry`, and opens the stream with core's `LinkHandle`.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+use tracing::debug;
+use tunnel_core::{
+    Host, LinkHandle, NodeId, OpenError, OpenRequest, Target, TunnelStream,
+    proto::messages::{Ingress, RefusalCode},
+};
+
+use crate::{
+    edges::registry::{Lookup, Registry},
+    grants::{Holder, SharedGrants},
+    ingress::Caller,
+};
+
+/// Links that are tried for one request.
+const ATTEMPTS: usize = 2;
+
+/// What the control plane asks for, once it is known that it may ask.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) target: Target,
+    pub(crate) caller: Caller,
+    /// Names the request in the logs of every process on its way.
+    pub(crate) id: String,
+    /// W3C trace context; empty if there is none.
+    pub(crate) traceparent: String,
+    pub(crate) ingress: Ingress,
+}
+
+/// A request that has reached its target.
+#[derive(Debug)]
+pub(crate) struct Routed {
+    pub(crate) stream: TunnelStream,
+    pub(crate) node: NodeId,
+    /// What the edge dialled.
+    pub(crate) address: String,
+}
+
+/// Why a request did not reach its target.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum RouteError {
+    /// Nobody is known to serve this host.
+    #[error("no such node: {host} is neither a node known to this gateway nor granted to one")]
+    NoSuchNode { host: Host },
+    /// More than one node serves this host.
+    #[error("{host} is granted to more than one node ({}): ask for the node by its name", Names(nodes))]
+    Ambiguous { host: Host, nodes: Vec<NodeId> },
+    /// The node has no link.
+    #[error("node {node} has no link to this gateway; {}", LastSeen(*last_seen))]
+    Offline { node: NodeId, last_seen: Option<Duration> },
+    /// All links of the node drain.
+    #[error("node {node} is draining: its edge takes no new streams")]
+    Draining { node: NodeId },
+    /// The link carries as many streams as it may.
+    #[error("node {node} is busy: {text}")]
+    Overloaded { node: NodeId, text: String },
+    /// The edge said no.
+    #[error("{}", Said(node, text))]
+    Refused { node: NodeId, code: RefusalCode, text: String },
+    /// No answer in time.
+    #[error("node {node} did not connect {target} within {} ms", timeout.as_millis())]
+    TimedOut { node: NodeId, target: Target, timeout: Duration },
+    /// The link went away while the target was dialled.
+    #[error("node {node}: {text}")]
+    LinkLost { node: NodeId, text: String },
+    /// The edge does not speak the protocol right.
+    #[error("node {node}: {text}")]
+    Protocol { node: NodeId, text: String },
+}
+
+/// What an edge said, with its node's name in front unless it stands there already.
+struct Said<'a>(&'a NodeId, &'a str);
+
+impl fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(node, text) = self;
+        if !text.starts_with(node.as_str()) {
+            write!(f, "node {node}: ")?;
+        }
+        f.write_str(text)
+    }
+}
+
+struct Names<'a>(&'a [NodeId]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 4;
+        for (index, node) in self.0.iter().take(SHOWN).enumerate() {
+            write!(f, "{}{node}", if index == 0 { "" } else { ", " })?;
+        }
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+struct LastSeen(Option<Duration>);
+
+impl fmt::Display for LastSeen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(ago) => {
+                write!(f, "last seen {} ago", humantime::format_duration(Duration::from_secs(ago.as_secs())))
+            }
+            None => f.write_str("it was not seen since this gateway started"),
+        }
+    }
+}
+
+/// Finds the way for requests.
+#[derive(Debug)]
+pub(crate) struct Router {
+    registry: Arc<Registry>,
+    grants: SharedGrants,
+    dial_timeout: Duration,
+}
+
+impl Router {
+    pub(crate) fn new(registry: Arc<Registry>, grants: SharedGrants, dial_timeout: Duration) -> Self {
+        Self { registry, grants, dial_timeout }
+    }
+
+    /// Connects the target of a request.
+    ///
+    /// A link that turns out to be lost, draining or full is made up for once by the node's next one: nothing was sent
+    /// to the target yet. Cancel-safe: dropping the future tells the edge to give up.
+    pub(crate) async fn open(&self, request: &Request) -> Result<Routed, RouteError> {
+        let (node, links) = self.choose(&request.target.host)?;
+        let deadline = Instant::now() + self.dial_timeout;
+        let mut failure = None;
+        for link in links.iter().take(ATTEMPTS) {
+            match self.open_on(link, &node, request, deadline).await {
+                Err(error) if is_the_links_fault(&error) => {
+                    debug!(request = request.id, %error, "trying the node's next link");
+                    failure = Some(error);
+                }
+                done => return done,
+            }
+        }
+        Err(failure.unwrap_or(RouteError::Draining { node }))
+    }
+
+    /// The node that serves a host, and its links, the preferred one first.
+    fn choose(&self, host: &Host) -> Result<(NodeId, Vec<LinkHandle>), RouteError> {
+        let node = self.node_of(host)?;
+        match self.registry.lookup(&node) {
+            Lookup::Links(links) => Ok((node, links)),
+            Lookup::Draining => Err(RouteError::Draining { node }),
+            Lookup::Offline { last_seen } => Err(RouteError::Offline { node, last_seen: Some(last_seen) }),
+            Lookup::Unknown => Err(RouteError::Offline { node, last_seen: None }),
+        }
+    }
+
+    /// A node's own name goes before everything that is granted, even while the node is offline.
+    fn node_of(&self, host: &Host) -> Result<NodeId, RouteError> {
+        let grants = self.grants.load();
+        let name = match host {
+            Host::Ip(address) => address.to_string(),
+            Host::Name(name) => name.clone(),
+        };
+        if let Ok(node) = name.parse::<NodeId>()
+            && (grants.knows(&node) || !matches!(self.registry.lookup(&node), Lookup::Unknown))
+        {
+            return Ok(node);
+        }
+        match grants.holder(host) {
+            Holder::One(node) => Ok(node),
+            Holder::Several(nodes) => Err(RouteError::Ambiguous { host: host.clone(), nodes }),
+            Holder::None => Err(RouteError::NoSuchNode { host: host.clone() }),
+        }
+    }
+
+    async fn open_on(
+        &self,
+        link: &LinkHandle,
+        node: &NodeId,
+        request: &Request,
+        deadline: Instant,
+    ) -> Result<Routed, RouteError> {
+        let open = OpenRequest {
+            target: request.target.to_string(),
+            request_id: request.id.clone(),
+            traceparent: request.traceparent.clone(),
+            ingress: request.ingress,
+            caller: request.caller.to_string(),
+            node: String::new(),
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        match link.open(open, left).await {
+            Ok((stream, address)) => Ok(Routed { stream, node: node.clone(), address }),
+            Err(error) => Err(self.explain(error, node.clone(), request)),
+        }
+    }
+
+    fn explain(&self, error: OpenError, node: NodeId, request: &Request) -> RouteError {
+        match error {
+            OpenError::Refused { code: RefusalCode::Overloaded, text } => {
+                RouteError::Overloaded { node, text }
+            }
+            OpenError::Refused { code, text } => RouteError::Refused { node, code, text },
+            OpenError::Draining => RouteError::Draining { node },
+            OpenError::TimedOut(_) => {
+                RouteError::TimedOut { node, target: request.target.clone(), timeout: self.dial_timeout }
+            }
+            error @ OpenError::Overloaded { .. } => RouteError::Overloaded { node, text: error.to_string() },
+            error @ OpenError::LinkLost(_) => RouteError::LinkLost { node, text: error.to_string() },
+            error @ OpenError::Protocol(_) => RouteError::Protocol { node, text: error.to_string() },
+        }
+    }
+}
+
+fn is_the_links_fault(error: &RouteError) -> bool {
+    matches!(error, RouteError::LinkLost { .. } | RouteError::Draining { .. } | RouteError::Overloaded { .. })
+}

@@ -1,0 +1,131 @@
+//! What the tests of this crate share: links without sockets, legs that remember how they ended.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry as MetricsRegistry;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex},
+    sync::Notify,
+    task::JoinHandle,
+    time::Instant,
+};
+use tunnel_core::{
+    Aborted, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId, PendingStream,
+    proto::messages::{Hello, Welcome},
+};
+
+use crate::metrics::Metrics;
+
+pub(crate) fn metrics() -> Metrics {
+    Metrics::new(&mut MetricsRegistry::default())
+}
+
+pub(crate) fn node(name: &str) -> NodeId {
+    name.parse().unwrap()
+}
+
+/// A link whose gateway's side is held by a task, and whose edge's side is the test's.
+pub(crate) struct TestLink {
+    pub(crate) gateway: LinkHandle,
+    pub(crate) edge: Link,
+    drained: Arc<Notify>,
+    end: JoinHandle<LinkError>,
+}
+
+impl TestLink {
+    pub(crate) async fn up() -> Self {
+        Self::with(LinkConfig::default()).await
+    }
+
+    pub(crate) async fn with(config: LinkConfig) -> Self {
+        let (near, far) = duplex(64 * 1024);
+        let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
+        let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
+        let (edge, mut gateway) = tokio::join!(Link::connect(near, hello, LinkConfig::default()), async {
+            Link::accept(far, config).await.unwrap().welcome(welcome).unwrap()
+        });
+        let (handle, drained) = (gateway.handle(), Arc::new(Notify::new()));
+        let notify = drained.clone();
+        let end = tokio::spawn(async move {
+            loop {
+                match gateway.next().await {
+                    LinkEvent::Closed(error) => return error,
+                    LinkEvent::Draining(_) => notify.notify_one(),
+                    _ => {}
+                }
+            }
+        });
+        Self { gateway: handle, edge: edge.unwrap().0, drained, end }
+    }
+
+    /// The edge asks for no more streams, and the gateway has heard it.
+    pub(crate) async fn edge_drains(&self) {
+        self.edge.handle().drain(Duration::from_secs(30), "test");
+        self.drained.notified().await;
+    }
+
+    /// How the link ended for the gateway.
+    pub(crate) async fn closed(self) -> LinkError {
+        self.end.await.unwrap()
+    }
+
+    /// The next stream that the gateway opens.
+    pub(crate) async fn pending(&mut self) -> PendingStream {
+        loop {
+            if let LinkEvent::Stream(incoming) = self.edge.next().await {
+                return incoming.header(Instant::now() + Duration::from_secs(5)).await.unwrap();
+            }
+        }
+    }
+}
+
+/// A connection without a socket. `aborted` holds the reason once a relay has aborted it.
+pub(crate) struct TestLeg {
+    io: DuplexStream,
+    pub(crate) aborted: Arc<Mutex<Option<Aborted>>>,
+}
+
+impl TestLeg {
+    /// The gateway's side and the client's.
+    pub(crate) fn pair() -> (Self, DuplexStream) {
+        let (near, far) = duplex(64 * 1024);
+        (Self { io: near, aborted: Arc::default() }, far)
+    }
+}
+
+impl AsyncRead for TestLeg {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for TestLeg {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+impl Leg for TestLeg {
+    fn abort(&mut self, reason: &Aborted) {
+        self.aborted.lock().get_or_insert_with(|| reason.clone());
+    }
+}

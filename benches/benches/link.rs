@@ -98,7 +98,7 @@ fn link(criterion: &mut Criterion) {
                         writer.shutdown().await.unwrap();
                     };
                     let mut sink = tokio::io::sink();
-                    let (_, received) = tokio::join!(send, tokio::io::copy(&mut reader, &mut sink));
+                    let ((), received) = tokio::join!(send, tokio::io::copy(&mut reader, &mut sink));
                     assert_eq!(received.unwrap(), bytes.len() as u64);
                 });
                 futures_util::future::join_all(transfers).await;

@@ -1,6 +1,8 @@
 //! What the fuzz targets do with their input. Each function takes any bytes and panics only if a promise is broken.
 //! `cargo fuzz run --features libfuzzer NAME` searches; `cargo test` replays the committed corpus.
 
+#![allow(clippy::missing_panics_doc, reason = "panicking is how a fuzz target says that a promise is broken")]
+
 use std::{
     str,
     time::{Duration, Instant},
@@ -18,8 +20,11 @@ use tunnel_core::{
     },
 };
 
+/// A fuzz target: any bytes are good.
+pub type FuzzTarget = fn(&[u8]);
+
 /// Every target by name, for the replay of the corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 4] =
+pub const TARGETS: [(&str, FuzzTarget); 4] =
     [("messages", messages), ("target", target), ("certificate", certificate), ("control", control)];
 
 /// Length-delimited messages: whatever decodes encodes to something that decodes to the same, and the decoder never

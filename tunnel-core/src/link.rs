@@ -29,7 +29,7 @@ use crate::{
         control::{Control, ControlError, Event, Rtt},
         ends::Aborted,
         frame::{self, FrameError},
-        messages::{AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, Update, Welcome},
+        messages::{AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, RejectCode, Update, Welcome},
     },
     stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };
@@ -65,7 +65,7 @@ impl Default for LinkConfig {
             handshake_timeout: Duration::from_secs(10),
             max_heartbeat: Duration::from_secs(60),
             max_streams: 1024,
-            window_budget: 64 << 20,
+            window_budget: 16 << 20,
             end_timeout: Duration::from_secs(10),
             accept_streams: true,
         }
@@ -385,6 +385,13 @@ impl Link {
         match channel.next_event().await {
             Ok(Event::Hello(hello)) => Ok(PendingLink { hello, mux, channel, config }),
             Ok(_) => Err(LinkError::Protocol("an event before the hello".to_owned())),
+            Err(error @ (LinkError::Control(_) | LinkError::Frame(_))) => {
+                // The multiplexer works: the far side can be told.
+                let reject =
+                    Reject { code: RejectCode::Malformed.into(), text: error.to_string(), retry_after_ms: 0 };
+                PendingLink { hello: Hello::default(), mux, channel, config }.reject(reject).await;
+                Err(error)
+            }
             Err(error) => Err(mux_cause(error, mux.task).await),
         }
     }

@@ -77,7 +77,7 @@ crate::settings_group! {
         /// Streams at one time. More are refused, one by one.
         max_streams: usize = "1024",
         /// Memory by which all receive windows of a link together may grow beyond 256KiB a stream.
-        receive_window: Size = "64MiB",
+        receive_window: Size = "16MiB",
     }
 }
 

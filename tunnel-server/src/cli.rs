@@ -15,8 +15,9 @@ pub use pki::PkiCommand;
 
 use crate::config::{Config, Settings};
 
-/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way.
-const RELAY_BUFFERS: usize = 2 * 64 * 1024;
+/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, and the window of an
+/// HTTP/2 stream.
+const RELAY_BUFFERS: usize = 2 * 64 * 1024 + 256 * 1024;
 /// What a stream's receive window holds before it grows into the link's budget.
 const STREAM_WINDOW: usize = 256 * 1024;
 
@@ -148,7 +149,7 @@ fn summary(config: &Config) -> String {
   be gateway       {}
   take edges at    {} ({} links, {} a node)
   take clients at  {listeners}
-  carry            {} connections, {} streams each over HTTP/2
+  carry            {} streams over {} connections, at most {} over one
   route            by node name, then by its grants
   beat             every {}
   drain for        {}
@@ -158,6 +159,7 @@ fn summary(config: &Config) -> String {
         config.edges.listen,
         config.edges.max_links,
         config.edges.max_links_per_node,
+        ingress.max_streams,
         ingress.max_connections,
         ingress.max_streams_per_connection,
         format_duration(config.heartbeat),
@@ -169,8 +171,7 @@ fn summary(config: &Config) -> String {
 /// The worst case: everything that the limits allow is there at once, and nobody reads.
 fn memory(config: &Config) -> String {
     let (ingress, link) = (&config.ingress, &config.link);
-    let asked = ingress.max_connections.saturating_mul(ingress.max_streams_per_connection as usize);
-    let streams = asked.min(config.edges.max_links.saturating_mul(link.max_streams));
+    let streams = ingress.max_streams.min(config.edges.max_links.saturating_mul(link.max_streams));
     // Only a link that carries a stream can have grown its windows.
     let busy_links = streams.min(config.edges.max_links);
     let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);

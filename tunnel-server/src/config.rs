@@ -74,6 +74,8 @@ settings_group! {
         unix_mode: FileMode = "0660",
         /// Connections at one time, on all ingress listeners together. More wait in the kernel's queue.
         max_connections: usize = "4096",
+        /// Streams at one time, all nodes together. More are refused, one by one.
+        max_streams: usize = "4096",
         /// Requests at one time on one HTTP/2 connection.
         max_streams_per_connection: u32 = "250",
         /// How long a client has to send the head of its request.
@@ -93,7 +95,7 @@ settings_group! {
         /// Streams at one time on one link. More are refused, one by one.
         max_streams: usize = "1024",
         /// Memory by which all receive windows of a link together may grow beyond 256KiB a stream.
-        receive_window: Size = "64MiB",
+        receive_window: Size = "16MiB",
     }
 }
 
@@ -165,6 +167,8 @@ pub struct Ingress {
     pub unix: Option<IngressUnix>,
     /// Connections at one time.
     pub max_connections: usize,
+    /// Streams carried at one time.
+    pub max_streams: usize,
     /// Requests at one time on one HTTP/2 connection.
     pub max_streams_per_connection: u32,
     /// How long a client has to send the head of its request.
@@ -269,6 +273,7 @@ impl Settings {
         problems.within(&self.edges.max_links_per_node, &(1..=1024), usize::to_string);
         problems.within(&self.edges.handshake_timeout, &wait, duration);
         problems.within(&self.ingress.max_connections, &(1..=1_000_000), usize::to_string);
+        problems.within(&self.ingress.max_streams, &(1..=1_000_000), usize::to_string);
         problems.within(&self.ingress.max_streams_per_connection, &(1..=10_000), u32::to_string);
         problems.within(&self.ingress.header_timeout, &wait, duration);
         problems.within(&self.ingress.max_header_size, &(Size(MIN_HEADER)..=Size(1 << 20)), |size| *size);
@@ -339,6 +344,7 @@ impl Settings {
             tcp,
             unix: self.ingress.unix.value.clone().map(|path| IngressUnix { path, mode }),
             max_connections: *self.ingress.max_connections,
+            max_streams: *self.ingress.max_streams,
             max_streams_per_connection: *self.ingress.max_streams_per_connection,
             header_timeout: *self.ingress.header_timeout,
             max_header_size: self.ingress.max_header_size.value.0,

@@ -57,6 +57,8 @@ pub struct GatewaySettings {
     pub max_header_size: usize,
     /// Connections of the control plane at once, over all its doors.
     pub max_ingress_connections: usize,
+    /// Streams at once, all together.
+    pub max_streams: usize,
     /// Streams at once on one HTTP/2 connection.
     pub max_streams_per_connection: u32,
     /// Names of client certificates that may send requests; empty: every certificate of the control plane's CA.
@@ -81,6 +83,7 @@ impl GatewaySettings {
             header_timeout: Duration::from_secs(10),
             max_header_size: 16 * 1024,
             max_ingress_connections: 10_000,
+            max_streams: 4096,
             max_streams_per_connection: 250,
             allowed_clients: BTreeSet::new(),
             drain_timeout: Duration::from_secs(30),
@@ -145,7 +148,8 @@ impl Gateway {
         let stages = Stages::default();
         let grants: SharedGrants = Arc::new(ArcSwap::from_pointee(settings.grants.clone()));
         let registry = Registry::new(settings.links, metrics.clone());
-        let router = Router::new(registry.clone(), grants.clone(), settings.dial_timeout);
+        let router =
+            Router::new(registry.clone(), grants.clone(), settings.dial_timeout, settings.max_streams);
         let ingress = Ingress::new(
             ingress_settings(&settings),
             router,

@@ -190,6 +190,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         header_timeout: ingress.header_timeout,
         max_header_size: ingress.max_header_size,
         max_ingress_connections: ingress.max_connections,
+        max_streams: ingress.max_streams,
         max_streams_per_connection: ingress.max_streams_per_connection,
         allowed_clients,
         drain_timeout: config.drain_timeout,

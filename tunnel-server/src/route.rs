@@ -3,7 +3,10 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tracing::debug;
 use tunnel_core::{
     Host, LinkHandle, NodeId, OpenError, OpenRequest, Target, TunnelStream,
@@ -38,6 +41,8 @@ pub(crate) struct Routed {
     pub(crate) node: NodeId,
     /// What the edge dialled.
     pub(crate) address: String,
+    /// Its place among the streams of this gateway, given back when it has ended.
+    _place: OwnedSemaphorePermit,
 }
 
 /// Why a request did not reach its target.
@@ -55,6 +60,11 @@ pub(crate) enum RouteError {
     /// All links of the node drain.
     #[error("node {node} is draining: its edge takes no new streams")]
     Draining { node: NodeId },
+    /// The gateway carries as many streams as it may.
+    #[error(
+        "this gateway carries as many streams as it may ({max}): raise ingress.max_streams, or add a gateway"
+    )]
+    GatewayFull { max: usize },
     /// The link carries as many streams as it may.
     #[error("node {node} is busy: {text}")]
     Overloaded { node: NodeId, text: String },
@@ -119,11 +129,20 @@ pub(crate) struct Router {
     registry: Arc<Registry>,
     grants: SharedGrants,
     dial_timeout: Duration,
+    /// For every stream of this gateway.
+    places: Arc<Semaphore>,
+    max_streams: usize,
 }
 
 impl Router {
-    pub(crate) fn new(registry: Arc<Registry>, grants: SharedGrants, dial_timeout: Duration) -> Self {
-        Self { registry, grants, dial_timeout }
+    pub(crate) fn new(
+        registry: Arc<Registry>,
+        grants: SharedGrants,
+        dial_timeout: Duration,
+        max_streams: usize,
+    ) -> Self {
+        let max_streams = max_streams.clamp(1, Semaphore::MAX_PERMITS);
+        Self { registry, grants, dial_timeout, places: Arc::new(Semaphore::new(max_streams)), max_streams }
     }
 
     /// Connects the target of a request.
@@ -132,6 +151,8 @@ impl Router {
     /// to the target yet. Cancel-safe: dropping the future tells the edge to give up.
     pub(crate) async fn open(&self, request: &Request) -> Result<Routed, RouteError> {
         let (node, links) = self.choose(&request.target.host)?;
+        let full = |_| RouteError::GatewayFull { max: self.max_streams };
+        let place = self.places.clone().try_acquire_owned().map_err(full)?;
         let deadline = Instant::now() + self.dial_timeout;
         let mut failure = None;
         for link in links.iter().take(ATTEMPTS) {
@@ -140,7 +161,8 @@ impl Router {
                     debug!(request = request.id, %error, "trying the node's next link");
                     failure = Some(error);
                 }
-                done => return done,
+                Err(error) => return Err(error),
+                Ok((stream, address)) => return Ok(Routed { stream, node, address, _place: place }),
             }
         }
         Err(failure.unwrap_or(RouteError::Draining { node }))
@@ -182,7 +204,7 @@ impl Router {
         node: &NodeId,
         request: &Request,
         deadline: Instant,
-    ) -> Result<Routed, RouteError> {
+    ) -> Result<(TunnelStream, String), RouteError> {
         let open = OpenRequest {
             target: request.target.to_string(),
             request_id: request.id.clone(),
@@ -192,10 +214,7 @@ impl Router {
             node: String::new(),
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        match link.open(open, left).await {
-            Ok((stream, address)) => Ok(Routed { stream, node: node.clone(), address }),
-            Err(error) => Err(self.explain(error, node.clone(), request)),
-        }
+        link.open(open, left).await.map_err(|error| self.explain(error, node.clone(), request))
     }
 
     fn explain(&self, error: OpenError, node: NodeId, request: &Request) -> RouteError {

@@ -1,6 +1,10 @@
 //! `dev --check`: makes the requests that a person would try, through the gateway's own door, and says how each went.
 
-use std::{fmt::Display, net::{Ipv4Addr, SocketAddr}, sync::Arc};
+use std::{
+    fmt::Display,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
@@ -77,7 +81,8 @@ impl Rig {
     }
 
     async fn unknown_node(&self) -> Checked {
-        self.refusal(&format!("edge-unknown:{}", self.https_port), StatusCode::NOT_FOUND, &["edge-unknown"]).await
+        self.refusal(&format!("edge-unknown:{}", self.https_port), StatusCode::NOT_FOUND, &["edge-unknown"])
+            .await
     }
 
     async fn shared_address(&self) -> Checked {
@@ -106,7 +111,10 @@ impl Rig {
                 digest.update(bytes);
             }
         }
-        same(format!("{BULK} bytes, {}", service::hex(expected)), format!("{received} bytes, {}", service::hex(digest)))
+        same(
+            format!("{BULK} bytes, {}", service::hex(expected)),
+            format!("{received} bytes, {}", service::hex(digest)),
+        )
     }
 
     async fn upload(&self, node: &str) -> Checked {
@@ -130,7 +138,11 @@ impl Rig {
     async fn refusal(&self, target: &str, status: StatusCode, words: &[&str]) -> Checked {
         match self.connect(target).await? {
             Ok(_) => Err(differs(status, "200")),
-            Err(line) if line.starts_with(status.as_str()) && words.iter().all(|word| line.contains(word)) => Ok(line),
+            Err(line)
+                if line.starts_with(status.as_str()) && words.iter().all(|word| line.contains(word)) =>
+            {
+                Ok(line)
+            }
             Err(line) => Err(differs(format!("{} with {words:?}", status.as_u16()), line)),
         }
     }
@@ -139,7 +151,8 @@ impl Rig {
     async fn connect(&self, target: &str) -> Result<Result<TokioIo<Upgraded>, String>, String> {
         let tcp = TcpStream::connect(self.ingress).await.map_err(text)?;
         let name = ServerName::from(self.ingress.ip());
-        let tls = self.control_plane.connector_offering(&[b"http/1.1"]).connect(name, tcp).await.map_err(text)?;
+        let tls =
+            self.control_plane.connector_offering(&[b"http/1.1"]).connect(name, tcp).await.map_err(text)?;
         let request = Request::connect(target).body(Full::<Bytes>::default()).map_err(text)?;
         let response = send(tls, request).await?;
         if response.status() != StatusCode::OK {

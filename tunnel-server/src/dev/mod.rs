@@ -36,8 +36,7 @@ use tunnel_core::{
     tls::{ClientTls, Domain, Files, ServerTls, TlsError},
 };
 use tunnel_edge::{
-    Agent,
-    config as edge,
+    Agent, config as edge,
     metrics::Metrics,
     network::SystemNetwork,
     policy::{Policy, Rule},
@@ -124,9 +123,11 @@ async fn serve(check: bool) -> Result<ExitCode, DevError> {
     let shutdown = CancellationToken::new();
     let mut tasks = JoinSet::new();
     let service = Service::start(folder.path(), &mut tasks).await?;
-    let edge_door = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed("cannot listen for edges"))?;
-    let ingress_door =
-        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed("cannot listen for the control plane"))?;
+    let edge_door =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed("cannot listen for edges"))?;
+    let ingress_door = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .map_err(failed("cannot listen for the control plane"))?;
     let edges_at = edge_door.local_addr().map_err(failed("cannot listen for edges"))?;
     let ingress = ingress_door.local_addr().map_err(failed("cannot listen for the control plane"))?;
     let gateway = gateway(folder.path(), edge_door, ingress_door)?;
@@ -140,7 +141,10 @@ async fn serve(check: bool) -> Result<ExitCode, DevError> {
     wait_until_linked(&statuses).await?;
     let rig = Rig {
         ingress,
-        control_plane: ClientTls::load(Domain::ControlPlane, files(folder.path(), "control-plane", "client"))?,
+        control_plane: ClientTls::load(
+            Domain::ControlPlane,
+            files(folder.path(), "control-plane", "client"),
+        )?,
         service: service.client.clone(),
         nodes: NODES,
         shared_address: SHARED_ADDRESS,
@@ -284,7 +288,8 @@ impl Service {
     async fn start(folder: &Path, tasks: &mut JoinSet<()>) -> Result<Self, DevError> {
         // Neither of the three sides: what runs inside the tunnel has a CA of its own, as a kubelet has.
         let authority = Authority::new(Domain::ControlPlane, Validity::lasting(VALID))?;
-        std::fs::write(folder.join(SERVICE_CA), authority.cert_pem()).map_err(failed("cannot write a certificate"))?;
+        std::fs::write(folder.join(SERVICE_CA), authority.cert_pem())
+            .map_err(failed("cannot write a certificate"))?;
         let (https, https_port) = listen_at_both_sites().await?;
         let (echo, echo_port) = listen_at_both_sites().await?;
         for ((node, https), echo) in NODES.into_iter().zip(https).zip(echo) {
@@ -319,6 +324,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn unusable(error: impl ToString) -> DevError {
     DevError::Service(error.to_string())
 }

@@ -1,7 +1,7 @@
 //! The service behind each edge of `dev`: HTTPS that says which node it is, sends and takes bytes with checksums, and a
 //! plain echo for half-close. Real programs to try the tunnel with, nothing more.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, fmt::Write as _, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
@@ -9,7 +9,11 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ring::digest::{Context, SHA256};
-use tokio::{io::AsyncWriteExt, net::{TcpListener, TcpStream}, task::JoinSet};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
 use tokio_rustls::TlsAcceptor;
 
 /// Bytes are sent and made in pieces of this size.
@@ -20,7 +24,11 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The hexadecimal SHA-256 of a finished digest.
 pub(super) fn hex(context: Context) -> String {
-    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    context.finish().as_ref().iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// The `n`-th piece of every download: no two are the same.
@@ -90,7 +98,10 @@ async fn answer(
             }
             Ok(text(StatusCode::OK, format!("{}\n", hex(digest))))
         }
-        _ => Ok(text(StatusCode::NOT_FOUND, "there is GET /, GET /download?bytes=N and POST /upload\n".to_owned())),
+        _ => Ok(text(
+            StatusCode::NOT_FOUND,
+            "there is GET /, GET /download?bytes=N and POST /upload\n".to_owned(),
+        )),
     }
 }
 

@@ -134,7 +134,7 @@ impl EdgeDoor {
 
     async fn reject(&self, pending: PendingLink, reject: Reject, peer: PeerAddr) {
         self.metrics.rejected(reject_label(reject.code()));
-        warn!(%peer, software = %pending.hello().software, cause = reject.text, "edge rejected");
+        warn!(%peer, software = pending.hello().software, cause = reject.text, "edge rejected");
         pending.reject(reject).await;
     }
 

@@ -105,7 +105,9 @@ fn route_kind(error: &RouteError) -> Kind {
         E::Offline { .. } => unavailable("destination_unavailable", "offline", 5),
         E::Draining { .. } => unavailable("destination_unavailable", "draining", 1),
         E::LinkLost { .. } => unavailable("destination_unavailable", "link_lost", 1),
-        E::Overloaded { .. } => unavailable("connection_limit_reached", "overloaded", 1),
+        E::GatewayFull { .. } | E::Overloaded { .. } => {
+            unavailable("connection_limit_reached", "overloaded", 1)
+        }
         E::TimedOut { .. } => kind(StatusCode::GATEWAY_TIMEOUT, "connection_timeout", "timed_out"),
         E::Protocol { .. } => kind(StatusCode::BAD_GATEWAY, "proxy_internal_error", "edge_protocol"),
         E::Refused { code, .. } => refused_kind(*code),
@@ -219,6 +221,7 @@ mod tests {
             (RouteError::Ambiguous { host: host(), nodes: vec![node()] }, 502, "destination_not_found"),
             (RouteError::Offline { node: node(), last_seen: None }, 503, "destination_unavailable"),
             (RouteError::Draining { node: node() }, 503, "destination_unavailable"),
+            (RouteError::GatewayFull { max: 9 }, 503, "connection_limit_reached"),
             (RouteError::Overloaded { node: node(), text: text() }, 503, "connection_limit_reached"),
             (RouteError::LinkLost { node: node(), text: text() }, 503, "destination_unavailable"),
             (RouteError::TimedOut { node: node(), target, timeout }, 504, "connection_timeout"),

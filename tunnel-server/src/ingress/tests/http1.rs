@@ -327,3 +327,34 @@ async fn a_full_link_is_made_up_for_by_the_nodes_other_link() {
     assert!(answer.starts_with("HTTP/1.1 503 node edge-a is busy"), "{answer}");
     drop((held, also_held));
 }
+
+#[tokio::test]
+async fn a_full_gateway_refuses_one_more_and_has_room_again_when_one_ends() {
+    let mut site = Site::up().await;
+    let mut streams = Vec::new();
+    for _ in 0..MAX_STREAMS {
+        streams.push(connected(&mut site).await);
+    }
+    let answer = ask(&site, b"CONNECT edge-a:10250 HTTP/1.1\r\n\r\n").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 503 this gateway carries as many streams as it may (16)"),
+        "{answer}"
+    );
+    assert!(answer.to_lowercase().contains("retry-after: "), "{answer}");
+    drop(streams.pop());
+    // The place is free once the relay has noticed.
+    loop {
+        let (mut client, served) = site.client();
+        client.write_all(b"CONNECT edge-a:10250 HTTP/1.1\r\n\r\n").await.unwrap();
+        let reply = async { client.read_u8().await };
+        tokio::select! {
+            biased;
+            pending = site.edge.pending() => {
+                pending.accept(String::new()).await.unwrap();
+                break;
+            }
+            first = reply => assert_eq!(first.unwrap(), b'H'),
+        }
+        served.await.unwrap();
+    }
+}

@@ -20,6 +20,7 @@ use crate::{
 };
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_STREAMS: usize = 16;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_HEADER: usize = 4096;
 
@@ -55,7 +56,8 @@ impl Site {
         change(&mut settings);
         let grants: Grants = grants.iter().map(|(name, what)| (node(name), what.parse().unwrap())).collect();
         let registry = Registry::new(LinkLimits { total: 4, per_node: 4 }, metrics());
-        let router = Router::new(registry.clone(), Arc::new(ArcSwap::from_pointee(grants)), DIAL_TIMEOUT);
+        let router =
+            Router::new(registry.clone(), Arc::new(ArcSwap::from_pointee(grants)), DIAL_TIMEOUT, MAX_STREAMS);
         let (draining, stopping) = (CancellationToken::new(), CancellationToken::new());
         let ingress = Ingress::new(settings, router, metrics(), draining.clone(), stopping.clone());
         let edge = TestLink::with(link).await;

@@ -29,7 +29,9 @@ use crate::{
         control::{Control, ControlError, Event, Rtt},
         ends::Aborted,
         frame::{self, FrameError},
-        messages::{AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, RejectCode, Update, Welcome},
+        messages::{
+            AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, RejectCode, Update, Welcome,
+        },
     },
     stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };

@@ -9,12 +9,14 @@ use std::{
     io,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
+    time::{Instant, Sleep, sleep},
 };
 
 use crate::{
@@ -26,6 +28,9 @@ use crate::{
 const SCRATCH: usize = 64 * 1024;
 /// Reads of one direction before others get their turn.
 const TURNS: usize = 16;
+/// While a side is not read, because it has ended or because the other side takes nothing, how often it is asked whether
+/// it has failed: no event would tell.
+const ASK_PERIOD: Duration = Duration::from_secs(5);
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
@@ -43,6 +48,11 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
 
     /// Both directions have ended cleanly: dropping this leg must not disturb what is still on its way.
     fn finish(&mut self) {}
+
+    /// A failure that the operating system knows of, asked for while nobody reads: a reset of the far side.
+    fn failure(&self) -> Option<io::Error> {
+        None
+    }
 }
 
 impl Leg for TcpStream {
@@ -59,6 +69,10 @@ impl Leg for TcpStream {
 
     fn finish(&mut self) {
         let _ = SockRef::from(&*self).set_linger(None);
+    }
+
+    fn failure(&self) -> Option<io::Error> {
+        self.take_error().ok().flatten()
     }
 }
 
@@ -80,6 +94,10 @@ impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
     fn finish(&mut self) {
         self.get_mut().0.finish();
     }
+
+    fn failure(&self) -> Option<io::Error> {
+        self.get_ref().0.failure()
+    }
 }
 
 impl Leg for TunnelStream {
@@ -99,6 +117,10 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
 
     fn finish(&mut self) {
         (**self).finish();
+    }
+
+    fn failure(&self) -> Option<io::Error> {
+        (**self).failure()
     }
 }
 
@@ -153,6 +175,7 @@ pub fn relay(
 async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = Aborted>) -> Relayed {
     let (mut forward, mut backward) = (Direction::default(), Direction::default());
     let mut stop = std::pin::pin!(stop);
+    let mut ask = None;
     let end = poll_fn(|cx| {
         if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
             return Poll::Ready(RelayEnd::Stopped(reason));
@@ -173,6 +196,17 @@ async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = 
             (Poll::Ready(Err(failure)), _) => Poll::Ready(failed(failure, true)),
             (_, Poll::Ready(Err(failure))) => Poll::Ready(failed(failure, false)),
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(RelayEnd::Clean),
+            _ if forward.is_deaf() || backward.is_deaf() => {
+                while poll_ask(&mut ask, cx).is_ready() {
+                    if let Some(error) = first.failure() {
+                        return Poll::Ready(RelayEnd::FirstFailed(reason(error)));
+                    }
+                    if let Some(error) = second.failure() {
+                        return Poll::Ready(RelayEnd::SecondFailed(reason(error)));
+                    }
+                }
+                Poll::Pending
+            }
             _ => Poll::Pending,
         }
     })
@@ -189,6 +223,14 @@ async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = 
         }
     }
     Relayed { forward: forward.carried, backward: backward.carried, end }
+}
+
+/// Ready once every [`ASK_PERIOD`]. The timer is made when it is first needed, which is seldom.
+fn poll_ask(ask: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> Poll<()> {
+    let timer = ask.get_or_insert_with(|| Box::pin(sleep(ASK_PERIOD)));
+    ready!(timer.as_mut().poll(cx));
+    timer.as_mut().reset(Instant::now() + ASK_PERIOD);
+    Poll::Ready(())
 }
 
 /// Aborts both legs unless they have finished: also when the relay's future is dropped half-way.
@@ -233,6 +275,11 @@ struct Direction {
 }
 
 impl Direction {
+    /// Whether its sender is not read now, so that its failure would go unseen.
+    fn is_deaf(&self) -> bool {
+        self.eof || !self.kept.is_empty()
+    }
+
     fn poll(
         &mut self,
         cx: &mut Context<'_>,

@@ -132,3 +132,38 @@ async fn a_relay_that_never_runs_again_resets_both_sides() {
     assert!(is_reset(&mut client).await);
     assert!(is_reset(&mut target).await);
 }
+
+/// A client that resets while its bytes wait for a target that takes none: nothing is read from it, so no event tells.
+#[tokio::test]
+async fn a_reset_is_noticed_while_the_other_side_takes_nothing() {
+    let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
+    let chunk = vec![0; 1 << 20];
+    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&chunk)).await.is_ok() {}
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let end = tokio::time::timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
+    assert!(matches!(end, RelayEnd::FirstFailed(_)), "{end:?}");
+    // The target gets what had arrived, and then the reset: never a clean end.
+    let mut piece = vec![0; 1 << 20];
+    let error = loop {
+        match target.read(&mut piece).await {
+            Ok(0) => panic!("a cut stream looks complete"),
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_reset_behind_a_fin_is_noticed_while_nothing_is_written() {
+    let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
+    client.shutdown().await.unwrap();
+    assert_eq!(target.read(&mut [0; 1]).await.unwrap(), 0);
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let end = tokio::time::timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
+    assert!(matches!(end, RelayEnd::FirstFailed(_)), "{end:?}");
+    // Behind its end of file a socket tells of the reset only to who writes.
+    assert!(target.write_all(b"anyone?").await.is_err() || target.write_all(b"anyone?").await.is_err());
+}

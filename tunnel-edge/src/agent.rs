@@ -208,7 +208,7 @@ impl<N: Network> Agent<N> {
         shutdown: &CancellationToken,
     ) -> Held {
         let gateway = self.gateways[self.next].destination.address.to_string();
-        info!(gateway, gateway_id = %welcome.gateway_id, session = %welcome.session_id,
+        info!(gateway, gateway_id = welcome.gateway_id, session = welcome.session_id,
               granted = ?welcome.granted, "linked");
         let (sender, phase) = watch::channel(Phase::Up);
         let serving = Serving {

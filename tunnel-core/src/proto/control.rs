@@ -161,7 +161,9 @@ impl Control {
                 self.establish(now, Duration::from_millis(welcome.heartbeat_ms.into()), welcome.version)?;
                 self.events.push_back(Event::Established(welcome));
             }
-            (State::AwaitWelcome, Kind::Reject(reject)) => {
+            (State::AwaitWelcome, Kind::Reject(mut reject)) => {
+                // It will be shown to people.
+                reject.text = clean_text(&reject.text);
                 self.state = State::Closed;
                 self.events.push_back(Event::Rejected(reject));
             }

@@ -114,13 +114,13 @@ impl GatewayProbe {
     }
 }
 
-/// A gateway without doors that `probe` can look into. Both nodes are known to it and hold the same address.
-pub fn gateway(heartbeat: Duration, seed: u64, probe: &GatewayProbe) -> Gateway {
+/// What a gateway of a test runs with. Both nodes are known to it and hold the same address.
+pub fn settings(heartbeat: Duration, seed: u64) -> GatewaySettings {
     let grants = NODES.map(|node| {
         let shared: Host = SHARED_ADDRESS.parse().unwrap();
         (node.parse::<NodeId>().unwrap(), Identifier::Host(shared))
     });
-    let settings = GatewaySettings {
+    GatewaySettings {
         heartbeat,
         // No growing windows: the multiplexer would measure them by real time.
         link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
@@ -129,7 +129,16 @@ pub fn gateway(heartbeat: Duration, seed: u64, probe: &GatewayProbe) -> Gateway 
         drain_timeout: Duration::from_secs(5),
         request_seed: seed as u32,
         ..GatewaySettings::new(GATEWAY.parse().unwrap())
-    };
+    }
+}
+
+/// A gateway without doors that `probe` can look into.
+pub fn gateway(heartbeat: Duration, seed: u64, probe: &GatewayProbe) -> Gateway {
+    gateway_with(settings(heartbeat, seed), probe)
+}
+
+/// As [`gateway`], with other settings.
+pub fn gateway_with(settings: GatewaySettings, probe: &GatewayProbe) -> Gateway {
     let mut registry = Registry::default();
     let gateway = Gateway::new(settings, &mut registry);
     *probe.0.lock().unwrap() = registry;

@@ -39,5 +39,5 @@ pub use {
         ConnectError, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenError, OpenRequest, PendingLink,
     },
     relay::{Leg, RelayEnd, Relayed, relay},
-    stream::{Incoming, PendingStream, TunnelStream},
+    stream::{HeaderError, Incoming, PendingStream, TunnelStream},
 };

@@ -41,6 +41,9 @@ const MAX_WINDOW: u32 = (1 << 31) - 1;
 const SEND_BUFFER: usize = 256 * 1024;
 /// Most bytes copied at once.
 const CHUNK: usize = 64 * 1024;
+/// Heads longer than allowed by up to this factor are refused here, which is logged and counted; `h2` refuses what is
+/// longer still by itself, and does not tell.
+const HEAD_SLACK: usize = 4;
 /// A connection is probed this often, and dead if the answer takes as long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// A connection without a stream is closed after this many probes.
@@ -52,7 +55,9 @@ pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client
     let mut builder = Builder::new();
     builder
         .max_concurrent_streams(settings.max_streams)
-        .max_header_list_size(u32::try_from(settings.max_header_size).unwrap_or(u32::MAX))
+        .max_header_list_size(
+            u32::try_from(settings.max_header_size.saturating_mul(HEAD_SLACK)).unwrap_or(u32::MAX),
+        )
         .initial_window_size(STREAM_WINDOW)
         // Room for all streams at once: else those that are read slowly would use it up for all others.
         .initial_connection_window_size(settings.max_streams.saturating_mul(STREAM_WINDOW).min(MAX_WINDOW))
@@ -207,7 +212,17 @@ fn judge(ingress: &Ingress, client: &Client, head: &Parts, asked: &Asked) -> Res
     if head.method != Method::CONNECT {
         return Err(Refusal::NotConnect { method: head.method.as_str().chars().take(32).collect() });
     }
+    let max = ingress.settings.max_header_size;
+    if head_size(head) > max {
+        return Err(Refusal::HeadTooLong { max });
+    }
     ingress.request(client, asked)
+}
+
+/// How long a head is, in bytes of names and values.
+fn head_size(head: &Parts) -> usize {
+    let authority = head.uri.authority().map_or(0, |authority| authority.as_str().len());
+    head.headers.iter().fold(authority, |size, (name, value)| size + name.as_str().len() + value.len())
 }
 
 fn refuse(

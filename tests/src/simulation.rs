@@ -431,10 +431,10 @@ async fn expect_recovery(node: &'static str, world: &World) {
     let deadline = Instant::now() + RECOVERY;
     let request = Request { id: 1_000_000, node: node.to_owned(), kind: Kind::Echo, bytes: 70_000 };
     loop {
-        if let Ok(Ok(Ok(stream))) = timeout(PATIENCE, dial(node)).await {
-            if timeout(PATIENCE, request.run(stream, &world.ledger)).await == Ok(Outcome::Whole) {
-                return world.note(&format!("{node} is well"));
-            }
+        if let Ok(Ok(Ok(stream))) = timeout(PATIENCE, dial(node)).await
+            && timeout(PATIENCE, request.run(stream, &world.ledger)).await == Ok(Outcome::Whole)
+        {
+            return world.note(&format!("{node} is well"));
         }
         if Instant::now() > deadline {
             return world

@@ -1,5 +1,8 @@
 //! The simulation over many seeds. `SEEDS=A..B` chooses which; one seed alone prints its trace.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a failing seed must be told to whoever runs the tests")]
+
 use std::{
     env,
     sync::{

@@ -1,6 +1,6 @@
 //! The agent: keeps this node linked to a gateway, for ever. It chooses among the gateways, waits between attempts,
 //! moves to another gateway when one drains, and drains itself when it is told to. Called by [`crate::run`] and by
-//! tests; what happens on a link that is up is [`crate::link`]'s.
+//! tests; what happens on a link that is up is `link`'s.
 //!
 //! ```text
 //!            +--------- failed: next gateway, backoff ---------+

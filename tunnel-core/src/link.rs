@@ -4,8 +4,10 @@
 //! multiplexer's. [`Link`] owns both tasks and tells its owner what happens; [`LinkHandle`] is cheap to clone and opens
 //! streams. When the link ends, for whatever reason, all its streams are aborted at once.
 
+mod control_stream;
+
 use std::{
-    fmt, io,
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -13,22 +15,22 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
 use tokio_util::task::AbortOnDropHandle;
 
+use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
 use crate::{
-    mux::{LastHeard, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
+    mux::{Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
     proto::{
         clean_text,
         control::{Control, ControlError, Event, Rtt},
         ends::Aborted,
-        frame::{self, FrameError},
+        frame::FrameError,
         messages::{
             AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, RejectCode, Update, Welcome,
         },
@@ -36,9 +38,8 @@ use crate::{
     stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };
 
-/// Encoded control messages wait for the multiplexer up to about this many bytes.
-const CONTROL_BUFFER: usize = 4 * 1024;
-/// Things that happened to a link may wait for its owner up to this many; then the control stream waits too.
+/// Things that happened to a link may wait for its owner up to this many. More are dropped: an owner that does not listen
+/// must not stop the heartbeat.
 const EVENTS_WAITING: usize = 8;
 /// An orderly close may take this long before the connection is dropped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -492,199 +493,5 @@ impl PendingLink {
             let _ = (&mut self.mux.task).await;
         };
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, farewell).await;
-    }
-}
-
-/// The control state machine and the stream it speaks on.
-struct ControlChannel {
-    control: Control,
-    reader: ReadHalf<MuxStream>,
-    writer: WriteHalf<MuxStream>,
-    heard: Arc<LastHeard>,
-    input: BytesMut,
-    out: BytesMut,
-}
-
-impl ControlChannel {
-    fn new(control: Control, stream: MuxStream, heard: Arc<LastHeard>) -> Self {
-        let (reader, writer) = tokio::io::split(stream);
-        Self { control, reader, writer, heard, input: BytesMut::new(), out: BytesMut::new() }
-    }
-
-    /// Encodes what is to be sent: the state machine's messages first, then those of the streams.
-    /// Whether something still waits for room.
-    fn fill(&mut self, streams: Option<&Streams>) -> bool {
-        while let Some(message) = self.control.poll_transmit() {
-            if let Err(error) = frame::encode(&message, &mut self.out) {
-                tracing::error!(%error, "a control message is too long and was not sent");
-            }
-        }
-        streams.is_some_and(|streams| streams.drain_outbox(&mut self.out, CONTROL_BUFFER))
-    }
-
-    /// Decodes one whole message that has arrived already, if there is one.
-    fn decode(&mut self) -> Result<bool, LinkError> {
-        let Some(message) = frame::decode(&mut self.input)? else { return Ok(false) };
-        self.control.handle_message(Instant::now().into_std(), message)?;
-        Ok(true)
-    }
-
-    /// Before the link is up: exchanges messages until something happens.
-    async fn next_event(&mut self) -> Result<Event, LinkError> {
-        loop {
-            if let Some(event) = self.control.poll_event() {
-                return Ok(event);
-            }
-            if self.decode()? {
-                continue;
-            }
-            self.fill(None);
-            let due = self.control.poll_timeout().map(Instant::from_std);
-            tokio::select! {
-                biased;
-                read = self.reader.read_buf(&mut self.input) => check_read(read)?,
-                written = self.writer.write_buf(&mut self.out), if !self.out.is_empty() => {
-                    written.map_err(broken)?;
-                }
-                () = sleep_until(due) => self.control.handle_timeout(Instant::now().into_std())?,
-            }
-        }
-    }
-}
-
-fn check_read(read: io::Result<usize>) -> Result<(), LinkError> {
-    match read {
-        Ok(0) => Err(LinkError::ClosedByPeer),
-        Ok(_) => Ok(()),
-        Err(error) => Err(broken(error)),
-    }
-}
-
-/// Runs the control stream of an established link until the link ends.
-struct ControlTask {
-    channel: ControlChannel,
-    mux: AbortOnDropHandle<Result<(), MuxError>>,
-    shared: Arc<Shared>,
-    events: mpsc::Sender<LinkEvent>,
-}
-
-impl ControlTask {
-    async fn run(mut self) -> LinkError {
-        let error = self.serve().await;
-        let error = match error {
-            LinkError::ClosedHere(reason) => {
-                let abort = Aborted::new(AbortCode::LinkLost, format!("the link was closed: {reason}"));
-                self.shared.streams.end_all(abort);
-                self.shared.mux.close().await;
-                let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut self.mux).await;
-                LinkError::ClosedHere(reason)
-            }
-            error => mux_cause(error, self.mux).await,
-        };
-        let abort = Aborted::new(AbortCode::LinkLost, format!("the link was lost: {error}"));
-        self.shared.streams.end_all(abort);
-        error
-    }
-
-    async fn serve(&mut self) -> LinkError {
-        loop {
-            match self.step().await {
-                Ok(()) => {}
-                Err(error) => return error,
-            }
-        }
-    }
-
-    /// One turn: handles what has arrived, encodes what is to go, then waits for the next thing to happen.
-    async fn step(&mut self) -> Result<(), LinkError> {
-        let Self { channel, shared, .. } = self;
-        while let Some(event) = channel.control.poll_event() {
-            handle_event(shared, &self.events, event);
-        }
-        if channel.decode()? {
-            return Ok(());
-        }
-        // Whatever can be told is told before the link closes.
-        let closing = take_requests(shared, &mut channel.control);
-        let more_waits = channel.fill(Some(&shared.streams));
-        if let Some(reason) = closing {
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, channel.writer.write_all_buf(&mut channel.out)).await;
-            return Err(LinkError::ClosedHere(reason));
-        }
-        let due = channel.control.poll_timeout().map(Instant::from_std);
-        // Writing first: what is ready to go should not wait behind what comes.
-        tokio::select! {
-            biased;
-            written = channel.writer.write_buf(&mut channel.out), if !channel.out.is_empty() => {
-                written.map_err(broken)?;
-            }
-            read = channel.reader.read_buf(&mut channel.input) => check_read(read)?,
-            () = shared.streams.outbox_filled(), if !more_waits => {}
-            () = shared.requested.notified() => {}
-            () = sleep_until(due) => {
-                channel.control.heard(channel.heard.at().into_std());
-                channel.control.handle_timeout(Instant::now().into_std())?;
-            }
-        }
-        shared
-            .rtt
-            .send_if_modified(|rtt| std::mem::replace(rtt, channel.control.rtt()) != channel.control.rtt());
-        Ok(())
-    }
-}
-
-fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
-    let event = match event {
-        Event::End(end) => return shared.streams.handle_end(&end),
-        Event::Abort(abort) => return shared.streams.handle_abort(&abort),
-        Event::Draining(drain) => {
-            shared.peer_draining.store(true, Relaxed);
-            LinkEvent::Draining(drain)
-        }
-        Event::Updated(update) => LinkEvent::Updated(update),
-        // The state machine gives these only during the handshake.
-        Event::Hello(_) | Event::Established(_) | Event::Rejected(_) => return,
-    };
-    // Bounded: an owner that does not listen must not stop the heartbeat.
-    let _ = events.try_send(event);
-}
-
-/// Hands the state machine what the handles asked for. The reason to close, if one was given.
-fn take_requests(shared: &Shared, control: &mut Control) -> Option<String> {
-    let Requests { drain, update, close } = std::mem::take(&mut *shared.requests.lock());
-    if let Some(drain) = drain {
-        control.drain(drain);
-    }
-    if let Some(update) = update {
-        control.update(update);
-    }
-    close
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
-    }
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn broken(error: io::Error) -> LinkError {
-    LinkError::Broken(error.to_string())
-}
-
-/// Why the multiplexer ended, which says more than that the control stream did.
-async fn mux_end(task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
-    match tokio::time::timeout(CLOSE_TIMEOUT, task).await {
-        Ok(Ok(Err(error))) => error.into(),
-        _ => LinkError::ClosedByPeer,
-    }
-}
-
-/// `error`, or what is behind it if it only says that the control stream ended.
-async fn mux_cause(error: LinkError, task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
-    match error {
-        LinkError::ClosedByPeer | LinkError::Broken(_) => mux_end(task).await,
-        error => error,
     }
 }

@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
 use crate::{
-    mux::{Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
+    mux::{LastHeard, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
     proto::{
         clean_text,
         control::{Control, ControlError, Event, Rtt},
@@ -220,6 +220,7 @@ struct Shared {
     requests: Mutex<Requests>,
     requested: Notify,
     rtt: watch::Sender<Option<Rtt>>,
+    heard: Arc<LastHeard>,
 }
 
 /// What the handles want of the control task. One of each is enough.
@@ -324,6 +325,11 @@ impl LinkHandle {
         self.shared.streams.ended().is_some()
     }
 
+    /// When bytes last came from the far side.
+    pub fn last_heard(&self) -> Instant {
+        self.shared.heard.at()
+    }
+
     /// Round-trip times, once a heartbeat has come back.
     pub fn rtt(&self) -> Option<Rtt> {
         *self.shared.rtt.borrow()
@@ -412,6 +418,7 @@ impl Link {
                 requests: Mutex::default(),
                 requested: Notify::new(),
                 rtt: watch::Sender::new(None),
+                heard: mux.heard,
             }),
         };
         let (events, received) = mpsc::channel(EVENTS_WAITING);

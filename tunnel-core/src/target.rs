@@ -35,7 +35,10 @@ pub struct Target {
 /// Why a text is not a `host:port`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    /// There is no `:port` at the end, or it is not a number from 1 to 65535.
+    /// There is no `:port` at the end.
+    #[error("{0:?} has no port: give host:port, not a URL")]
+    NoPort(String),
+    /// What is behind the last colon is not a number from 1 to 65535.
     #[error("{0:?} is not host:port: the port must be a number from 1 to 65535")]
     Port(String),
     /// The part before the port is neither a name nor an address.
@@ -84,7 +87,10 @@ impl FromStr for Target {
     type Err = TargetError;
 
     fn from_str(text: &str) -> Result<Self, TargetError> {
-        let (host, port) = text.rsplit_once(':').ok_or_else(|| TargetError::Port(quote(text)))?;
+        let (host, port) = text
+            .rsplit_once(':')
+            .filter(|_| !text.contains("//"))
+            .ok_or_else(|| TargetError::NoPort(quote(text)))?;
         let all_digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
         let port = match port.parse::<u16>() {
             Ok(port) if port != 0 && all_digits => port,

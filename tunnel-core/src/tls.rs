@@ -260,6 +260,13 @@ impl fmt::Debug for ClientTls {
     }
 }
 
+fn mismatched(files: &Files, error: &rustls::Error) -> TlsError {
+    match error {
+        rustls::Error::InconsistentKeys(_) => unusable(files, &"the key does not belong to the certificate"),
+        error => unusable(files, error),
+    }
+}
+
 fn unusable(files: &Files, error: &impl ToString) -> TlsError {
     TlsError::Unusable { cert: files.cert.clone(), key: files.key.clone(), text: error.to_string() }
 }
@@ -273,7 +280,7 @@ fn server_config(domain: Domain, files: &Files, parsed: Parsed) -> Result<Server
         .map_err(|error| unusable(files, &error))?
         .with_client_cert_verifier(verifier)
         .with_single_cert(parsed.certs, parsed.key)
-        .map_err(|error| unusable(files, &error))?;
+        .map_err(|error| mismatched(files, &error))?;
     config.alpn_protocols = domain.alpn();
     // A resumed session would not verify the client's certificate again: none are offered.
     config.send_tls13_tickets = 0;
@@ -287,7 +294,7 @@ fn client_config(domain: Domain, files: &Files, parsed: Parsed) -> Result<Client
         .map_err(|error| unusable(files, &error))?
         .with_root_certificates(parsed.roots)
         .with_client_auth_cert(parsed.certs, parsed.key)
-        .map_err(|error| unusable(files, &error))?;
+        .map_err(|error| mismatched(files, &error))?;
     config.alpn_protocols = domain.alpn();
     Ok(ClientWithCertificate { config: Arc::new(config), certificate })
 }
@@ -354,9 +361,12 @@ fn explain_tls(error: &rustls::Error) -> String {
         E::AlertReceived(AlertDescription::CertificateExpired) => {
             "the far side says that this side's certificate has expired: issue a new one".to_owned()
         }
-        E::AlertReceived(
-            AlertDescription::UnknownCA | AlertDescription::BadCertificate | AlertDescription::DecryptError,
-        ) => "the far side does not trust this side's certificate: it was issued by another CA than the far side expects"
+        E::AlertReceived(AlertDescription::BadCertificate) => {
+            "the far side does not accept this side's certificate, most often because it is not for the name that was \
+             dialled: the far side's log says why"
+                .to_owned()
+        }
+        E::AlertReceived(AlertDescription::UnknownCA | AlertDescription::DecryptError) => "the far side does not trust this side's certificate: it was issued by another CA than the far side expects"
             .to_owned(),
         E::AlertReceived(AlertDescription::CertificateRequired) => {
             "the far side demands a client certificate".to_owned()

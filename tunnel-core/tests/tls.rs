@@ -176,7 +176,7 @@ async fn files_that_cannot_be_used_are_named() {
     for (files, expected) in [
         (missing, "cannot read"),
         (swapped, "holds no certificate in PEM form"),
-        (mismatched, "cannot be used"),
+        (mismatched, "the key does not belong to the certificate"),
     ] {
         let error = ServerTls::load(Domain::Edge, files).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");

@@ -9,13 +9,16 @@ use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::watch,
     task::{JoinError, JoinSet},
-    time::{Instant, interval, sleep_until},
+    time::{Instant, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use tunnel_core::{
     Host, Link, LinkError, LinkEvent, LinkHandle,
-    proto::messages::{Drain, Welcome},
+    proto::{
+        clean_text,
+        messages::{Drain, Welcome},
+    },
 };
 
 use crate::{
@@ -67,7 +70,7 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     };
     let end = session.run(&mut link).await;
     let Session { serving, mut streams, drain, stop, .. } = session;
-    let Serving { gateway, phase, up, metrics, .. } = serving;
+    let Serving { gateway, phase, up, metrics, shutdown, drain_timeout, .. } = serving;
     let lasted_s = begun.elapsed().as_secs();
     if drain.leaving {
         info!(gateway, cause = %end, lasted_s, "link closed");
@@ -77,8 +80,18 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     metrics.link_lost(end.label());
     up.lost(format!("{gateway}: link lost: {end}"));
     phase.send_replace(Phase::Ended);
-    // The link's end has aborted them all: each has only to notice.
-    stop.cancel();
+    // The link's end has aborted the streams, each with its reason. One that had all its bytes may still hand them to its
+    // target, for as long as this process has.
+    let too_late = async {
+        shutdown.cancelled().await;
+        sleep(drain_timeout).await;
+    };
+    tokio::select! {
+        // All streams gone goes first: then there is nothing to be late for.
+        biased;
+        () = async { while streams.join_next().await.is_some() {} } => {}
+        () = too_late => stop.cancel(),
+    }
     while streams.join_next().await.is_some() {}
 }
 
@@ -158,6 +171,8 @@ impl<N: Network> Session<N> {
         );
         let deadline = Instant::now() + time_left;
         self.drain.deadline = Some(self.drain.deadline.map_or(deadline, |known| known.min(deadline)));
+        let cause = format!("{}: the gateway drains: {}", self.serving.gateway, clean_text(&drain.reason));
+        self.serving.up.drains(cause);
         self.serving.phase.send_replace(Phase::Draining);
     }
 

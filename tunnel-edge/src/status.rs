@@ -13,7 +13,7 @@ pub struct AgentStatus(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
-    /// Links that are up; one that drains still serves its streams, and counts.
+    /// Links that new streams may come over; one whose gateway drains only serves the old ones, and does not count.
     links: usize,
     /// When `links` last became zero.
     since: Instant,
@@ -39,11 +39,11 @@ impl AgentStatus {
         self.0.lock().last_error = Some(cause);
     }
 
-    /// Counts a link until the returned value is dropped, here and in the metrics.
+    /// Counts a link until the returned value is dropped, in the metrics, and here until its gateway drains.
     pub(crate) fn link_up(&self, metrics: &Metrics) -> LinkUp {
         self.0.lock().links += 1;
         metrics.links.inc();
-        LinkUp { status: self.clone(), metrics: metrics.clone() }
+        LinkUp { status: self.clone(), metrics: metrics.clone(), serving: true }
     }
 }
 
@@ -52,9 +52,25 @@ impl AgentStatus {
 pub(crate) struct LinkUp {
     status: AgentStatus,
     metrics: Metrics,
+    /// Whether new streams may come over it.
+    serving: bool,
 }
 
 impl LinkUp {
+    /// No new streams come over the link, because of `cause`.
+    pub(crate) fn drains(&mut self, cause: String) {
+        self.status.failed(cause);
+        self.stop_serving();
+    }
+
+    fn stop_serving(&mut self) {
+        if std::mem::take(&mut self.serving) {
+            let mut state = self.status.0.lock();
+            state.links -= 1;
+            state.since = Instant::now();
+        }
+    }
+
     /// The link has ended, because of `cause`.
     pub(crate) fn lost(self, cause: String) {
         self.status.failed(cause);
@@ -63,9 +79,7 @@ impl LinkUp {
 
 impl Drop for LinkUp {
     fn drop(&mut self) {
-        let mut state = self.status.0.lock();
-        state.links -= 1;
-        state.since = Instant::now();
+        self.stop_serving();
         self.metrics.links.dec();
     }
 }

@@ -202,8 +202,9 @@ async fn join<N: Network>(
 
 /// How a stream ended: a label for metrics, and the reason if it was not clean.
 fn ending(relayed: &Relayed) -> (&'static str, Option<String>) {
-    let how = match relayed.end {
+    let how = match &relayed.end {
         RelayEnd::Clean => "clean",
+        RelayEnd::FirstFailed(reason) if reason.code == AbortCode::LinkLost => "link_lost",
         RelayEnd::FirstFailed(_) => "aborted_by_gateway",
         RelayEnd::SecondFailed(_) => "aborted_by_target",
         RelayEnd::Stopped(_) => "drained",

@@ -3,7 +3,12 @@
 
 mod grant;
 
-use std::{fmt, fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt, fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use tunnel_core::{
     GatewayId, LinkConfig,
@@ -68,7 +73,8 @@ settings_group! {
         /// Clients that may connect, by common name, DNS name or URI in their certificate. If not set, every certificate
         /// of the CA may.
         allowed_clients: List<ClientName>,
-        /// Unix socket to listen on as well, without TLS. Its file mode says who may connect.
+        /// Unix socket to listen on as well, without TLS. Its file mode says who may connect. A Unix socket has no reset:
+        /// over HTTP/1.1 a cut stream looks complete there, unless what runs inside, such as TLS, tells.
         unix: Option<PathBuf>,
         /// Mode of the Unix socket's file, in octal.
         unix_mode: FileMode = "0660",
@@ -388,8 +394,25 @@ impl Config {
             let error = ServerTls::load(domain, files?.clone()).err()?;
             Some(format!("{group}: {error}"))
         };
-        let problems: Vec<String> = sides.into_iter().filter_map(check).collect();
+        let mut problems: Vec<String> = sides.into_iter().filter_map(check).collect();
+        problems.extend(self.shared_ca());
         if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+
+    /// Where one CA serves both sides, its certificates alone do not tell a client from an edge.
+    pub(crate) fn shared_ca(&self) -> Option<String> {
+        let tcp = self.ingress.tcp.as_ref()?;
+        if !tcp.allowed_clients.is_empty() {
+            return None;
+        }
+        let read = |path: &Path| fs::read(path).ok().map(|pem| pem.trim_ascii().to_vec());
+        let (edges, clients) = (read(&self.edges.tls.ca)?, read(&tcp.tls.ca)?);
+        (edges == clients).then(|| {
+            "ingress.allowed_clients: is not set, but ingress.client_ca and edges.client_ca are the same CA, so that \
+             whoever it gave a certificate could use this gateway: name the clients, such as kube-apiserver, or use \
+             another CA"
+                .to_owned()
+        })
     }
 }
 

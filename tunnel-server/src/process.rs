@@ -43,6 +43,9 @@ pub enum StartError {
         /// Why not.
         error: TlsError,
     },
+    /// The two sides are not kept apart.
+    #[error("{0}")]
+    SharedCa(String),
     /// An address cannot be listened on.
     #[error("{key}: cannot listen on {address}: {error}")]
     Listen {
@@ -126,6 +129,9 @@ impl BoundGateway {
         let tcp = config.ingress.tcp.as_ref();
         let ingress_tls = tcp.map(|tcp| load("ingress", Domain::ControlPlane, &tcp.tls)).transpose()?;
 
+        if let Some(problem) = config.shared_ca() {
+            return Err(StartError::SharedCa(problem));
+        }
         let mut metrics = MetricsRegistry::default();
         let mut gateway = Gateway::new(settings(config, request_seed), &mut metrics);
         let (listener, edges) = listen("edges.listen", config.edges.listen).await?;

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
+    time::{Instant, sleep},
 };
 use tracing::debug;
 use tunnel_core::{
@@ -21,6 +21,8 @@ use crate::{
 
 /// Links that are tried for one request.
 const ATTEMPTS: usize = 2;
+/// The part of the dial timeout for which a link may be silent before another is tried.
+const SILENCE: u32 = 3;
 
 /// What the control plane asks for, once it is known that it may ask.
 #[derive(Clone, Debug)]
@@ -155,8 +157,18 @@ impl Router {
         let place = self.places.clone().try_acquire_owned().map_err(full)?;
         let deadline = Instant::now() + self.dial_timeout;
         let mut failure = None;
-        for link in links.iter().take(ATTEMPTS) {
-            match self.open_on(link, &node, request, deadline).await {
+        for (attempt, link) in links.iter().take(ATTEMPTS).enumerate() {
+            let is_last = attempt + 1 == links.len().min(ATTEMPTS);
+            let opened = tokio::select! {
+                // An answer goes before the suspicion that there will be none.
+                biased;
+                opened = self.open_on(link, &node, request, deadline) => opened,
+                () = self.falls_silent(link), if !is_last => {
+                    let text = "the link has been silent since it was asked".to_owned();
+                    Err(RouteError::LinkLost { node: node.clone(), text })
+                }
+            };
+            match opened {
                 Err(error) if is_the_links_fault(&error) => {
                     debug!(request = request.id, %error, "trying the node's next link");
                     failure = Some(error);
@@ -166,6 +178,16 @@ impl Router {
             }
         }
         Err(failure.unwrap_or(RouteError::Draining { node }))
+    }
+
+    /// Completes when a part of the dial timeout has passed without a byte from the link: it may be half-open. A link that
+    /// is heard has a target that is slow, and is waited for. Cancel-safe.
+    async fn falls_silent(&self, link: &LinkHandle) {
+        let asked = Instant::now();
+        sleep(self.dial_timeout / SILENCE).await;
+        if link.last_heard() > asked {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// The node that serves a host, and its links, the preferred one first.

@@ -277,6 +277,7 @@ async fn targets_that_no_gateway_may_ask_for() {
         format!("edge-b: this edge's policy does not allow {target}: if it should, add a rule")
     };
     let bad_port = "the port must be a number from 1 to 65535";
+    let no_port = "has no port: give host:port, not a URL";
     let bad_host = "is neither a host name";
     for (target, code, says) in [
         ("edge-b:22".to_owned(), RefusalCode::NotAllowed, denied("edge-b:22")),
@@ -284,11 +285,11 @@ async fn targets_that_no_gateway_may_ask_for() {
         (format!("localhost:{port}"), RefusalCode::NotAllowed, denied(&format!("localhost:{port}"))),
         (format!("edge-a:{port}"), RefusalCode::NotAllowed, denied(&format!("edge-a:{port}"))),
         ("169.254.169.254:80".to_owned(), RefusalCode::NotAllowed, denied("169.254.169.254:80")),
-        (String::new(), RefusalCode::Malformed, bad_port.to_owned()),
-        ("edge-b".to_owned(), RefusalCode::Malformed, bad_port.to_owned()),
+        (String::new(), RefusalCode::Malformed, no_port.to_owned()),
+        ("edge-b".to_owned(), RefusalCode::Malformed, no_port.to_owned()),
         ("edge-b:0".to_owned(), RefusalCode::Malformed, bad_port.to_owned()),
         ("e\r\nWARN forged:1".to_owned(), RefusalCode::Malformed, bad_host.to_owned()),
-        (format!("{}:1", "x".repeat(60_000)), RefusalCode::Malformed, bad_port.to_owned()),
+        (format!("{}:1", "x".repeat(60_000)), RefusalCode::Malformed, no_port.to_owned()),
     ] {
         let request = OpenRequest {
             target: target.clone(),

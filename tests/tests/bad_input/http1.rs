@@ -145,20 +145,21 @@ async fn other_methods() {
 #[tokio::test]
 async fn targets_that_are_none() {
     let port = "is not host:port: the port must be a number from 1 to 65535";
+    let none = "has no port: give host:port, not a URL";
     let host = "is neither a host name, a node name, an IPv4 address nor an [IPv6 address]";
     let long_name = format!("{}:1", "a".repeat(300));
     let targets = [
-        ("edge-a", port),
+        ("edge-a", none),
         ("edge-a:", port),
         ("edge-a:0", port),
         ("edge-a:65536", port),
         ("edge-a:-1", port),
         ("edge-a:+1", port),
         ("edge-a:http", port),
-        ("http://edge-a:1/", port),
+        ("http://edge-a:1/", none),
         ("edge-a:10250/", port),
-        ("/", port),
-        ("*", port),
+        ("/", none),
+        ("*", none),
         (":10250", host),
         ("user@edge-a:10250", host),
         ("[::1:10250", host),

@@ -169,7 +169,7 @@ async fn requests_that_are_refused() {
     for (method, uri, status, cause, says) in [
         (Method::GET, "https://edge-a/", 405, "not_connect", "GET is not served here: use CONNECT host:port"),
         (Method::POST, "https://edge-a/x", 405, "not_connect", "POST is not served here"),
-        (Method::CONNECT, "edge-a", 400, "bad_target", "the port must be a number from 1 to 65535"),
+        (Method::CONNECT, "edge-a", 400, "bad_target", "has no port: give host:port, not a URL"),
         (Method::CONNECT, "edge-a:0", 400, "bad_target", "the port must be a number from 1 to 65535"),
         (Method::CONNECT, "user@edge-a:1", 400, "bad_target", "is neither a host name"),
         (Method::CONNECT, "nobody:10250", 404, "no_such_node", "no such node: nobody"),
@@ -225,7 +225,7 @@ async fn streams_that_break_the_protocol_leave_their_connection_alone() {
     frame(&mut frames, HEADERS, END_HEADERS, 1, &fields(&[connect]));
     let mut conn = say(&rig, &frames).await;
     assert_eq!(frame_of(&mut conn, &[HEADERS]).await.1, 1);
-    let says = "is not host:port";
+    let says = "has no port";
     rig.expect(case, &[answered("h2", 400, "bad_target")], &["WARN", "request refused", says]).await;
     drop(conn);
     rig.finish().await;

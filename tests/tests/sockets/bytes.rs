@@ -273,9 +273,9 @@ async fn the_whole_reply_is_a_status_line() {
     let mut target = rig.accept(0).await;
     target.write_all(b"first words of the target").await.unwrap();
     target.shutdown().await.unwrap();
-    client.shutdown().await.unwrap();
     let mut all = String::new();
     within("all of it", client.read_to_string(&mut all)).await.unwrap();
+    client.shutdown().await.unwrap();
     assert_eq!(all, "HTTP/1.1 200 OK\r\n\r\nfirst words of the target");
     rig.close().await;
 }

@@ -80,7 +80,8 @@ async fn refuses_with_the_cause_what_it_may_not_or_cannot_dial() {
         ("127.0.0.1:22", RefusalCode::NotAllowed, "\"127.0.0.1:22\""),
         (&*closed, RefusalCode::ConnectionRefused, "edge-a could not reach 127.0.0.1:"),
         ("no-such-host.invalid:1", RefusalCode::NameNotResolved, "has no address"),
-        ("edge-a", RefusalCode::Malformed, "not host:port"),
+        ("edge-a", RefusalCode::Malformed, "has no port: give host:port"),
+        ("edge-a:0", RefusalCode::Malformed, "not host:port"),
     ] {
         let Err(OpenError::Refused { code, text }) = open(&link, target).await else {
             panic!("{target} was opened")

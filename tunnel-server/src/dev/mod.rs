@@ -37,6 +37,7 @@ use tunnel_core::{
 };
 use tunnel_edge::{
     Agent, config as edge,
+    daemon::signal::Signals,
     metrics::Metrics,
     network::SystemNetwork,
     policy::{Policy, Rule},
@@ -117,12 +118,15 @@ pub fn run(check: bool) -> Result<ExitCode, DevError> {
 }
 
 async fn serve(check: bool) -> Result<ExitCode, DevError> {
+    // Caught before there is anything to clean up.
+    let mut signals = Signals::install().map_err(failed("cannot wait for signals"))?;
     let folder = tempfile::Builder::new().prefix("edge-tunnel-dev-").tempdir();
     let folder = folder.map_err(failed("cannot make a temporary folder"))?;
     write_pki(folder.path())?;
     let shutdown = CancellationToken::new();
-    let mut tasks = JoinSet::new();
-    let service = Service::start(folder.path(), &mut tasks).await?;
+    // The services never end by themselves; dropping their set ends them. Gateway and edges drain.
+    let (mut services, mut tunnel) = (JoinSet::new(), JoinSet::new());
+    let service = Service::start(folder.path(), &mut services).await?;
     let edge_door =
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed("cannot listen for edges"))?;
     let ingress_door = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
@@ -131,12 +135,12 @@ async fn serve(check: bool) -> Result<ExitCode, DevError> {
     let edges_at = edge_door.local_addr().map_err(failed("cannot listen for edges"))?;
     let ingress = ingress_door.local_addr().map_err(failed("cannot listen for the control plane"))?;
     let gateway = gateway(folder.path(), edge_door, ingress_door)?;
-    tasks.spawn(gateway.run(shutdown.clone()));
+    tunnel.spawn(gateway.run(shutdown.clone()));
     let mut statuses = Vec::new();
     for (node, site) in NODES.into_iter().zip(SITES) {
         let agent = edge(folder.path(), node, site, edges_at, &service)?;
         statuses.push(agent.status());
-        tasks.spawn(agent.run(shutdown.clone()));
+        tunnel.spawn(agent.run(shutdown.clone()));
     }
     wait_until_linked(&statuses).await?;
     let rig = Rig {
@@ -151,10 +155,10 @@ async fn serve(check: bool) -> Result<ExitCode, DevError> {
         https_port: service.https_port,
         echo_port: service.echo_port,
     };
-    let code = if check { report(&rig).await } else { wait_for_ctrl_c(&rig, folder.path()).await };
+    let code =
+        if check { report(&rig).await } else { wait_for_signal(&rig, folder.path(), &mut signals).await };
     shutdown.cancel();
-    // The services never end by themselves; dropping the set ends them once gateway and edges are through.
-    let _ = timeout(Duration::from_secs(2), async { while tasks.join_next().await.is_some() {} }).await;
+    while tunnel.join_next().await.is_some() {}
     code
 }
 
@@ -176,7 +180,7 @@ async fn report(rig: &Rig) -> Result<ExitCode, DevError> {
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn wait_for_ctrl_c(rig: &Rig, folder: &Path) -> Result<ExitCode, DevError> {
+async fn wait_for_signal(rig: &Rig, folder: &Path, signals: &mut Signals) -> Result<ExitCode, DevError> {
     let Rig { ingress, https_port, .. } = rig;
     let side = folder.join("control-plane").display().to_string();
     let ca = folder.join(SERVICE_CA).display().to_string();
@@ -190,7 +194,7 @@ Try also /download?bytes=1000000, https://{SHARED_ADDRESS}:{https_port}/ (both n
 not exist; curl shows the gateway's reason with -v. Ctrl-C ends it all and removes the certificates.",
         NODES[0], NODES[1]
     ));
-    tokio::signal::ctrl_c().await.map_err(failed("cannot wait for Ctrl-C"))?;
+    signals.next().await;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -140,11 +140,13 @@ impl Registry {
         self.metrics.links.dec();
         let Some(entries) = state.nodes.get_mut(node) else { return };
         let several_before = has_several_instances(entries);
+        let ended = entries.iter().find(|entry| entry.number == number);
+        let last_heard = ended.map_or_else(Instant::now, |entry| entry.link.last_heard());
         entries.retain(|entry| entry.number != number);
         let several = has_several_instances(entries);
         if entries.is_empty() {
             state.nodes.remove(node);
-            state.gone.remember(node.clone(), Instant::now());
+            state.gone.remember(node.clone(), last_heard);
         }
         self.count_several(several_before, several);
     }

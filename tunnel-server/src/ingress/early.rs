@@ -92,4 +92,8 @@ impl<C: Leg> Leg for Rewound<C> {
     fn finish(&mut self) {
         self.conn.finish();
     }
+
+    fn failure(&self) -> Option<io::Error> {
+        self.conn.failure()
+    }
 }

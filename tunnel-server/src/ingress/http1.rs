@@ -72,10 +72,15 @@ async fn connect(
 }
 
 /// Completes when the client no longer waits. What it says meanwhile goes to `early`.
+///
+/// A client that ends before it was answered has gone, unless it has said something first: that is a request whose bytes
+/// were sent at once, and which waits for an answer to them.
 async fn client_gone(conn: &mut (impl AsyncRead + Unpin), early: &mut BytesMut) {
     while early.len() < MAX_EARLY {
-        if !matches!(conn.read_buf(early).await, Ok(1..)) {
-            return;
+        match conn.read_buf(early).await {
+            Ok(1..) => {}
+            Ok(0) if !early.is_empty() => break,
+            Ok(0) | Err(_) => return,
         }
     }
     std::future::pending::<()>().await;

@@ -23,8 +23,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    Aborted, GatewayId, Leg, Relayed,
-    identity::names_in_certificate,
+    Aborted, GatewayId, Leg, NodeId, Relayed,
+    identity::{names_in_certificate, node_from_certificate},
     proto::messages::{AbortCode, Ingress as IngressKind},
     relay,
     tls::{Domain, ServerTls},
@@ -76,6 +76,8 @@ pub(crate) struct Client {
     peer: PeerAddr,
     /// The names in its certificate; empty on a Unix socket.
     names: Vec<String>,
+    /// The node that its certificate is for, which makes it an edge and no client.
+    node: Option<NodeId>,
 }
 
 /// A client that may ask. Only [`Ingress::admit`] makes one.
@@ -137,7 +139,8 @@ impl Ingress {
         let connection = conn.get_ref().1;
         let certificate = connection.peer_certificates().and_then(<[_]>::first);
         let names = certificate.map(|der| names_in_certificate(der)).unwrap_or_default();
-        let client = Client { peer, names };
+        let node = certificate.and_then(|der| node_from_certificate(der).ok());
+        let client = Client { peer, names, node };
         if connection.alpn_protocol() == Some(b"h2") {
             http2::serve(self, conn, client).await;
         } else {
@@ -148,7 +151,7 @@ impl Ingress {
     /// Serves one connection without TLS until it ends: who may connect was decided by whoever opened the door.
     pub(crate) async fn serve_plain<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
         let _counted = Counted::new(&self.metrics.ingress_connections);
-        let client = Client { peer, names: Vec::new() };
+        let client = Client { peer, names: Vec::new(), node: None };
         self.serve_detected(conn, client).await;
     }
 
@@ -175,6 +178,10 @@ impl Ingress {
         let first = client.names.first();
         if let PeerAddr::Unix { .. } = client.peer {
             return Ok(Caller(client.peer.to_string()));
+        }
+        // Where one CA serves both sides, as a cluster's may, no node must reach the others through the gateway.
+        if let Some(node) = &client.node {
+            return Err(Refusal::ClientIsNode { node: node.clone() });
         }
         let allowed = &self.settings.allowed_clients;
         let name =

@@ -19,7 +19,7 @@
 //! A client that goes away before it is answered is counted as 499.
 
 use http::StatusCode;
-use tunnel_core::{GatewayId, TargetError, proto::messages::RefusalCode};
+use tunnel_core::{GatewayId, NodeId, TargetError, proto::messages::RefusalCode};
 
 use crate::route::RouteError;
 
@@ -47,6 +47,11 @@ pub(crate) enum Refusal {
     /// The client's certificate is good, but not on the list.
     #[error("client {client} may not use this gateway: its name is not among the allowed clients")]
     ClientNotAllowed { client: String },
+    /// The client's certificate is a node's.
+    #[error(
+        "the client's certificate is that of node {node}: edges connect at the edges' port, and no node may reach others through this gateway"
+    )]
+    ClientIsNode { node: NodeId },
     /// This gateway is about to leave.
     #[error("gateway {gateway} is about to leave: use another")]
     GatewayDraining { gateway: GatewayId },
@@ -91,6 +96,7 @@ impl Refusal {
             Self::ClientNotAllowed { .. } => {
                 kind(StatusCode::FORBIDDEN, "http_request_denied", "client_not_allowed")
             }
+            Self::ClientIsNode { .. } => kind(StatusCode::FORBIDDEN, "http_request_denied", "client_is_node"),
             Self::GatewayDraining { .. } => unavailable("destination_unavailable", "gateway_draining", 1),
             Self::Route(error) => route_kind(error),
         }
@@ -212,7 +218,7 @@ mod tests {
     }
 
     fn every_route_error() -> Vec<(RouteError, u16, &'static str)> {
-        let node = || "edge-a".parse::<tunnel_core::NodeId>().unwrap();
+        let node = || "edge-a".parse::<NodeId>().unwrap();
         let host = || "10.0.0.1".parse().unwrap();
         let text = || "why".to_owned();
         let (target, timeout) = ("edge-a:1".parse().unwrap(), Duration::from_secs(1));

@@ -114,10 +114,7 @@ async fn what_is_not_a_good_request_is_told_so() {
     for (request, status_line) in [
         ("GET / HTTP/1.1\r\n\r\n", "405 GET is not served here: use CONNECT host:port"),
         ("\x16\x03\x01\x02garbage", "400 the request cannot be understood: "),
-        (
-            "CONNECT edge-a HTTP/1.1\r\n\r\n",
-            "400 the request's target is not usable: \"edge-a\" is not host:port",
-        ),
+        ("CONNECT edge-a HTTP/1.1\r\n\r\n", "400 the request's target is not usable: \"edge-a\" has no port"),
         ("CONNECT edge-a:1 HTTP/9\r\n\r\n", "400 the request cannot be understood: "),
         (&long, "431 the request's head is longer than 4096 bytes"),
         (&many, "431 "),
@@ -221,6 +218,25 @@ async fn a_client_that_goes_away_cancels_the_dial() {
     task.await.unwrap();
 }
 
+#[tokio::test]
+async fn a_client_that_says_all_at_once_and_ends_is_answered() {
+    let mut site = Site::up().await;
+    let (mut client, task) = site.client();
+    client.write_all(CONNECT).await.unwrap();
+    client.write_all(b"all at once").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut edge = site.edge.pending().await.accept("127.0.0.1:10250".to_owned()).await.unwrap();
+    let mut said = String::new();
+    edge.read_to_string(&mut said).await.unwrap();
+    assert_eq!(said, "all at once");
+    edge.write_all(b"answer").await.unwrap();
+    edge.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, [CONNECTED, b"answer"].concat());
+    task.await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn early_bytes_are_bounded_and_none_is_lost() {
     const SENT: usize = 1 << 20;
@@ -304,10 +320,16 @@ async fn a_client_that_is_not_on_the_list_may_not_ask() {
     let named = |names: &[&str]| super::super::Client {
         peer: PeerAddr::Ip(SocketAddr::from(([10, 0, 0, 9], 1))),
         names: names.iter().map(ToString::to_string).collect(),
+        node: None,
     };
     assert_eq!(site.ingress.admit(&named(&["x", "kube-apiserver"])).unwrap().to_string(), "kube-apiserver");
     assert!(site.ingress.admit(&named(&["x"])).is_err());
-    let unix = super::super::Client { peer: PeerAddr::Unix { uid: 0, pid: Some(1) }, names: Vec::new() };
+    // Whatever the list says: a node is no client.
+    let node = super::super::Client { node: "edge-b".parse().ok(), ..named(&["kube-apiserver"]) };
+    let refusal = site.ingress.admit(&node).unwrap_err().to_string();
+    assert!(refusal.starts_with("the client's certificate is that of node edge-b"), "{refusal}");
+    let unix =
+        super::super::Client { peer: PeerAddr::Unix { uid: 0, pid: Some(1) }, names: Vec::new(), node: None };
     assert_eq!(site.ingress.admit(&unix).unwrap().to_string(), "uid:0/pid:1");
 }
 

@@ -72,7 +72,7 @@ async fn refusals_say_why_in_every_way_that_is_left() {
     let mut client = client(&site).await;
     for (authority, status, words) in [
         ("nobody:1", StatusCode::NOT_FOUND, "no such node: nobody"),
-        ("edge-a", StatusCode::BAD_REQUEST, "is not host:port"),
+        ("edge-a", StatusCode::BAD_REQUEST, "has no port"),
     ] {
         let (response, _send) = connect(&mut client, authority);
         let response = response.await.unwrap();

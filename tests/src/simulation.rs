@@ -54,6 +54,8 @@ const RECOVERY: Duration = Duration::from_secs(40);
 const PATIENCE: Duration = Duration::from_secs(40);
 /// What a sender can put between itself and a target that reads nothing: the windows and buffers of every hop.
 const MOST_UNREAD: u64 = 2 << 20;
+/// A link that is silent for so long is dead, and noticed to be.
+const NOTICEABLE: Duration = Duration::from_secs(2 * HEARTBEAT.as_secs() + 1);
 /// Segments, of at most 16 KiB, that fit one direction of one simulated connection.
 const SEGMENTS: usize = 32;
 
@@ -244,7 +246,14 @@ fn begin(
 }
 
 fn end(sim: &turmoil::Sim<'_>, fault: &Fault, world: &World) {
-    let at = sim.elapsed().as_millis();
+    let now = sim.elapsed();
+    let at = now.as_millis();
+    if let Fault::Partition { edge, .. } | Fault::OneWay { edge, .. } = fault {
+        // A silence that was too short to be noticed is none: perhaps nothing was lost by it.
+        let noticeable =
+            |(silent, since): &(&str, Duration)| silent != edge || now.saturating_sub(*since) >= NOTICEABLE;
+        world.silenced.lock().unwrap().retain(noticeable);
+    }
     match fault {
         Fault::Partition { edge, .. } | Fault::OneWay { edge, .. } => sim.repair(*edge, "gateway"),
         Fault::Hold { edge, .. } => sim.release(*edge, "gateway"),

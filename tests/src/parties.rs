@@ -45,10 +45,26 @@ pub const SHARED_ADDRESS: &str = "10.0.0.5";
 
 const VALID: Duration = Duration::from_secs(24 * 3600);
 
+/// The folders of test processes are named by this, their process id and a random end.
+const PREFIX: &str = "tunnel-tests-";
+
+/// Removes what earlier test processes have left: a static is never dropped, so none can remove its own.
+fn sweep() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')).map(|(id, _)| id);
+        if owner.is_some_and(|id| id.parse::<u32>().is_ok() && !Path::new("/proc").join(id).exists()) {
+            // Another test process may have been faster.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Every certificate of the tests, as `pki init` and `pki issue` write them. Made once for a process.
 pub fn pki() -> &'static Path {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| {
-        let folder = TempDir::with_prefix("tunnel-tests-").unwrap();
+        sweep();
+        let folder = TempDir::with_prefix(format!("{PREFIX}{}-", std::process::id())).unwrap();
         let validity = Validity::lasting(VALID);
         let names = ["gateway", "localhost"].map(|name| AltName::Dns(name.to_owned()));
         let addresses = [AltName::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST))];

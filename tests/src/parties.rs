@@ -183,6 +183,7 @@ pub fn edge_config(node: &str, gateway: Target) -> Config {
         link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
         backoff: Backoff {
             min: Duration::from_millis(200),
+            outage_max: Duration::from_secs(3),
             max: Duration::from_secs(3),
             reset_after: Duration::from_secs(5),
         },

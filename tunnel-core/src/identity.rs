@@ -1,10 +1,15 @@
-//! Who is who: typed names, and the one place that reads a node's or a caller's name out of a certificate.
+//! Who is who: typed names, and the one place that reads a certificate: a node's or a caller's name, and how long it
+//! holds.
 //!
 //! The names here come from a verified credential or from configuration, never from what a peer claims.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
 
 /// A Kubernetes node name: the identity that traffic is routed by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -132,6 +137,25 @@ pub fn names_in_certificate(der: &[u8]) -> Vec<String> {
     names
 }
 
+/// From when until when a certificate holds. A time before 1970 counts as 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// Its first second.
+    pub not_before: SystemTime,
+    /// Its last second.
+    pub not_after: SystemTime,
+}
+
+/// How long a certificate (DER) holds, whoever it is for.
+pub fn validity_of_certificate(der: &[u8]) -> Result<Validity, IdentityError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| IdentityError::Malformed)?;
+    let time = |time: ASN1Time| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0))
+    };
+    let validity = certificate.validity();
+    Ok(Validity { not_before: time(validity.not_before), not_after: time(validity.not_after) })
+}
+
 fn node_in_subject(certificate: &X509Certificate<'_>) -> Result<Option<NodeId>, IdentityError> {
     let subject = certificate.subject();
     let in_nodes_group = subject.iter_organization().any(|group| group.as_str() == Ok("system:nodes"));
@@ -213,11 +237,25 @@ mod tests {
         assert!(matches!(node_from_certificate(&der), Err(IdentityError::Name(_))));
     }
 
+    #[test]
+    fn a_validity_is_read_to_the_second_and_begins_with_1970() {
+        let mut params = CertificateParams::default();
+        params.not_before = rcgen::date_time_ymd(1955, 11, 5);
+        params.not_after = rcgen::date_time_ymd(2001, 9, 9);
+        let der = params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().to_vec();
+        let validity = validity_of_certificate(&der).unwrap();
+        assert_eq!(validity.not_before, SystemTime::UNIX_EPOCH);
+        // `date -u -d 2001-09-09 +%s`
+        assert_eq!(validity.not_after, SystemTime::UNIX_EPOCH + Duration::from_secs(999_993_600));
+        assert_eq!(validity_of_certificate(b"none"), Err(IdentityError::Malformed));
+    }
+
     proptest! {
         #[test]
         fn no_bytes_panic(der in proptest::collection::vec(any::<u8>(), 0..2048)) {
             let _ = node_from_certificate(&der);
             let _ = names_in_certificate(&der);
+            let _ = validity_of_certificate(&der);
         }
     }
 }

@@ -99,6 +99,14 @@ pub enum TlsError {
         /// Why.
         text: String,
     },
+    /// The certificate is good, but not for this.
+    #[error("{cert} is not taken: {text}")]
+    Refused {
+        /// The certificate file.
+        cert: PathBuf,
+        /// Why.
+        text: String,
+    },
 }
 
 /// What the files held when they were last read, byte for byte.
@@ -113,7 +121,10 @@ impl Contents {
     fn read(files: &Files) -> Result<Self, TlsError> {
         let read =
             |path: &Path| fs::read(path).map_err(|error| TlsError::Read { path: path.to_owned(), error });
-        Ok(Self { cert: read(&files.cert)?, key: read(&files.key)?, ca: read(&files.ca)? })
+        let cert = read(&files.cert)?;
+        // Certificate and key in one file are read at once: it may be replaced between two reads.
+        let key = if files.key == files.cert { cert.clone() } else { read(&files.key)? };
+        Ok(Self { cert, key, ca: read(&files.ca)? })
     }
 
     fn parse(&self, files: &Files) -> Result<Parsed, TlsError> {
@@ -175,14 +186,15 @@ impl<C> Reloading<C> {
         Ok(Self { files, build, domain, contents: contents.into(), current })
     }
 
-    /// Swaps in what the files hold now, if that differs and is usable. Whether it did.
-    fn reload(&self) -> Result<bool, TlsError> {
+    /// Swaps in what the files hold now, if that differs, is usable, and `accept` takes it. Whether it did.
+    fn reload(&self, accept: impl FnOnce(&C) -> Result<(), TlsError>) -> Result<bool, TlsError> {
         let read = Contents::read(&self.files)?;
         let mut contents = self.contents.lock();
         if read == *contents {
             return Ok(false);
         }
         let built = (self.build)(self.domain, &self.files, read.parse(&self.files)?)?;
+        accept(&built)?;
         self.current.store(Arc::new(built));
         *contents = read;
         Ok(true)
@@ -206,7 +218,7 @@ impl ServerTls {
 
     /// Reads the files again; new connections use what they hold, if it is usable. Whether anything changed.
     pub fn reload(&self) -> Result<bool, TlsError> {
-        self.0.reload()
+        self.0.reload(|_| Ok(()))
     }
 }
 
@@ -250,7 +262,17 @@ impl ClientTls {
 
     /// Reads the files again; new connections use what they hold, if it is usable. Whether anything changed.
     pub fn reload(&self) -> Result<bool, TlsError> {
-        self.0.reload()
+        self.0.reload(|_| Ok(()))
+    }
+
+    /// As [`Self::reload`], but takes a new certificate only if `accept` does; otherwise all stays as it is, and the
+    /// error gives `accept`'s reason.
+    pub fn reload_if(
+        &self,
+        accept: impl FnOnce(&CertificateDer<'_>) -> Result<(), String>,
+    ) -> Result<bool, TlsError> {
+        let refused = |text| TlsError::Refused { cert: self.0.files.cert.clone(), text };
+        self.0.reload(|built| accept(&built.certificate).map_err(refused))
     }
 }
 

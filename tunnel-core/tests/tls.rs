@@ -165,6 +165,24 @@ async fn credentials_reload_and_a_broken_file_changes_nothing() {
     dialled.unwrap();
 }
 
+#[test]
+fn a_certificate_that_its_owner_does_not_accept_is_not_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = authority("edge");
+    let edge = client(Domain::Edge, &authority.issue(dir.path(), "edge", |_| {}));
+    let before = edge.certificate();
+    assert!(!edge.reload_if(|_| Err("asked though nothing has changed".to_owned())).unwrap());
+    authority.issue(dir.path(), "edge", |_| {});
+    for _ in 0..2 {
+        let error = edge.reload_if(|new| if *new == before { Ok(()) } else { Err("another".to_owned()) });
+        let error = error.unwrap_err().to_string();
+        assert!(error.ends_with("edge.crt is not taken: another"), "{error}");
+        assert_eq!(edge.certificate(), before);
+    }
+    assert!(edge.reload_if(|_| Ok(())).unwrap());
+    assert_ne!(edge.certificate(), before);
+}
+
 #[tokio::test]
 async fn files_that_cannot_be_used_are_named() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 //! The agent: keeps this node linked to a gateway, for ever. It chooses among the gateways, waits between attempts,
-//! moves to another gateway when one drains, and drains itself when it is told to. Called by [`crate::run`] and by
-//! tests; what happens on a link that is up is `link`'s.
+//! moves to another gateway when one drains, renews its link when the credentials change, and drains itself when it is
+//! told to. Called by [`crate::run`] and by tests; what happens on a link that is up is `link`'s.
 //!
 //! ```text
 //!            +--------- failed: next gateway, backoff ---------+
@@ -8,23 +8,29 @@
 //!   connect to a gateway --welcomed--> hold the link --lost----+   (backoff starts anew if the link was stable)
 //!            ^                              |
 //!            +---- gateway drains ----------+   (the old link serves its streams on, beside the new one)
+//!                                           |
+//!                                    credentials changed: connect beside it, as above. Welcomed: that link is held,
+//!                                    and the old one retires. Until then the old one is held as if nothing had been.
 //!
 //!   shutdown, at any point: every link is told to drain, and run() returns when all have ended
 //! ```
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{Instant, interval, sleep},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 use tunnel_core::{
     InstanceId, Link, NodeId,
-    identity::node_from_certificate,
+    identity::{Validity, node_from_certificate},
     proto::{
         VERSIONS,
         messages::{Hello, Welcome},
@@ -35,6 +41,7 @@ use tunnel_core::{
 use crate::{
     backoff::Backoff,
     config::Config,
+    credentials::Credentials,
     link::{self, Phase, Serving},
     metrics::Metrics,
     network::Network,
@@ -43,8 +50,6 @@ use crate::{
     uplink::{Destination, Proxies, Uplink, UplinkError},
 };
 
-/// How often the credentials' files are looked at.
-const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 /// A failure that goes on is logged again, loudly, this often.
 const REMIND_PERIOD: Duration = Duration::from_secs(300);
 
@@ -56,6 +61,9 @@ pub struct Agent<N: Network> {
     node: Option<NodeId>,
     instance: InstanceId,
     uplink: Uplink,
+    credentials: Arc<Credentials>,
+    /// How long the certificate in use holds; marked as changed when there is another.
+    in_use: watch::Receiver<Option<Validity>>,
     dialing: Arc<Dialing<N>>,
     gateways: Vec<Gateway>,
     /// Which of `gateways` is tried next.
@@ -81,9 +89,18 @@ struct Complaint {
     attempts: u64,
 }
 
+/// A link that has just come up.
+struct Fresh {
+    link: Link,
+    welcome: Welcome,
+    /// When the certificate expires that it was made with.
+    expires: Option<SystemTime>,
+}
+
 /// A link that streams come over now.
 struct Held {
     phase: watch::Receiver<Phase>,
+    retire: CancellationToken,
     since: Instant,
 }
 
@@ -103,6 +120,7 @@ impl<N: Network> Agent<N> {
                 complaint: None,
             })
             .collect();
+        let (credentials, in_use) = Credentials::new(&config, tls.clone(), node.clone(), metrics.clone());
         let uplink = Uplink {
             tls,
             proxies: Proxies::new(&config.proxy),
@@ -112,10 +130,12 @@ impl<N: Network> Agent<N> {
         Self {
             instance: InstanceId::from_random(rng.random()),
             uplink,
+            credentials: Arc::new(credentials),
+            in_use,
             dialing: Arc::new(Dialing::new(&config, node.clone(), network, metrics.clone())),
             next: rng.random_range(0..gateways.len().max(1)),
             gateways,
-            backoff: Backoff::new(config.backoff.min, config.backoff.max),
+            backoff: Backoff::new(config.backoff.min),
             rng,
             status: AgentStatus::new(),
             metrics,
@@ -134,22 +154,21 @@ impl<N: Network> Agent<N> {
     ///
     /// Dropping the future ends every link at once.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let tls = self.uplink.tls.clone();
+        let credentials = self.credentials.clone();
         tokio::select! {
             biased;
             () = self.keep_linked(&shutdown) => {}
-            () = reload_credentials(&tls) => {}
+            () = credentials.keep_fresh() => {}
         }
     }
 
     async fn keep_linked(&mut self, shutdown: &CancellationToken) {
         // All links that have not ended: the newest, and older ones that drain.
         let mut links = JoinSet::new();
-        while let Some((link, welcome)) = until(shutdown, self.establish()).await {
-            let mut held = self.hold(link, welcome, &mut links, shutdown);
-            let Some(()) = until(shutdown, held.left()).await else { break };
-            // Those that have ended by now are not kept.
-            while links.try_join_next().is_some() {}
+        while let Some(fresh) = until(shutdown, self.establish()).await {
+            let held = self.hold(fresh, &mut links, shutdown);
+            let staying = self.stay_linked(held, &mut links, shutdown);
+            let Some(held) = until(shutdown, staying).await else { break };
             let delay = self.delay_after(&held);
             let Some(()) = until(shutdown, sleep(delay)).await else { break };
         }
@@ -159,28 +178,70 @@ impl<N: Network> Agent<N> {
         info!("drained");
     }
 
-    /// Attempts until one gives a link. Cancel-safe.
-    async fn establish(&mut self) -> (Link, Welcome) {
+    /// Waits until the newest link takes no more streams, and gives that. Meanwhile renews it when the credentials change.
+    /// Cancel-safe: links are owned by their tasks.
+    async fn stay_linked(
+        &mut self,
+        mut held: Held,
+        links: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) -> Held {
         loop {
+            let fresh = tokio::select! {
+                // A link that is gone needs another one soon, and not after a renewal's delay.
+                biased;
+                () = held.left() => return held,
+                fresh = self.renewal() => fresh,
+            };
+            let newest = self.hold(fresh, links, shutdown);
+            std::mem::replace(&mut held, newest).retire.cancel();
+        }
+    }
+
+    /// Makes one more link after the credentials have changed. Cancel-safe: the next attempt uses what is new.
+    async fn renewal(&mut self) -> Fresh {
+        if self.in_use.changed().await.is_err() {
+            // Nobody looks at the files any more.
+            return std::future::pending().await;
+        }
+        // A new CA may come to all edges at the same moment.
+        let delay = self.rng.random_range(Duration::ZERO..=self.config.reload_period);
+        info!(delay_ms = delay.as_millis(), "the credentials have changed; a new link will take over");
+        sleep(delay).await;
+        self.establish().await
+    }
+
+    /// Attempts until one gives a link. Cancel-safe.
+    async fn establish(&mut self) -> Fresh {
+        loop {
+            // Seen before the attempt, which uses them as they are now: a change during it is another change.
+            let expires = self.in_use.borrow_and_update().map(|validity| validity.not_after);
             let hello = self.hello();
             let gateway = &mut self.gateways[self.next];
             debug!(gateway = %gateway.destination.address, "connecting");
             match self.uplink.connect(self.dialing.network(), &gateway.destination, hello).await {
-                Ok(up) => {
+                Ok((link, welcome)) => {
                     gateway.complaint = None;
-                    return up;
+                    return Fresh { link, welcome, expires };
                 }
                 Err(failure) => {
                     gateway.complain(&failure);
                     self.status.failed(format!("{}: {failure}", gateway.destination.address));
                     self.metrics.connect_failed(failure.label());
                     self.rotate();
-                    let delay = self.backoff.after_failure(failure.retry_after(), &mut self.rng);
+                    let delay = self.delay_after_failure(&failure);
                     debug!(delay_ms = delay.as_millis(), "waiting before the next attempt");
                     sleep(delay).await;
                 }
             }
         }
+    }
+
+    /// An outage ends by itself, and the sooner the edge is back then the better; what a person must repair can wait.
+    fn delay_after_failure(&mut self, failure: &UplinkError) -> Duration {
+        let limits = &self.config.backoff;
+        let cap = if failure.needs_a_person() { limits.max } else { limits.outage_max };
+        self.backoff.after_failure(failure.retry_after(), cap, &mut self.rng)
     }
 
     fn hello(&self) -> Hello {
@@ -200,28 +261,28 @@ impl<N: Network> Agent<N> {
     }
 
     /// Starts to serve a link.
-    fn hold(
-        &mut self,
-        link: Link,
-        welcome: Welcome,
-        links: &mut JoinSet<()>,
-        shutdown: &CancellationToken,
-    ) -> Held {
+    fn hold(&mut self, fresh: Fresh, links: &mut JoinSet<()>, shutdown: &CancellationToken) -> Held {
+        let Fresh { link, welcome, expires } = fresh;
+        // Those that have ended by now are not kept.
+        while links.try_join_next().is_some() {}
         let gateway = self.gateways[self.next].destination.address.to_string();
         info!(gateway, gateway_id = welcome.gateway_id, session = welcome.session_id,
               granted = ?welcome.granted, "linked");
         let (sender, phase) = watch::channel(Phase::Up);
+        let retire = CancellationToken::new();
         let serving = Serving {
             gateway,
             dialing: self.dialing.clone(),
             phase: sender,
             shutdown: shutdown.clone(),
+            retire: retire.clone(),
+            expires,
             drain_timeout: self.config.drain_timeout,
             up: self.status.link_up(&self.metrics),
             metrics: self.metrics.clone(),
         };
         links.spawn(link::serve(link, welcome, serving));
-        Held { phase, since: Instant::now() }
+        Held { phase, retire, since: Instant::now() }
     }
 
     /// The link takes no more streams: how long to wait before the next attempt, and where it will go.
@@ -235,7 +296,7 @@ impl<N: Network> Agent<N> {
             // All of the gateway's edges were told at the same moment, but the old link still serves this one.
             self.backoff.spread(&mut self.rng)
         } else {
-            self.backoff.after_failure(Duration::ZERO, &mut self.rng)
+            self.backoff.after_failure(Duration::ZERO, self.config.backoff.outage_max, &mut self.rng)
         }
     }
 }
@@ -260,12 +321,12 @@ impl Gateway {
                 if now.duration_since(known.logged) < REMIND_PERIOD {
                     debug!(%gateway, cause = text, attempts = known.attempts, "still no link");
                 } else {
-                    warn!(%gateway, cause = text, attempts = known.attempts, "still no link; trying on");
+                    warn!(%gateway, cause = text, attempts = known.attempts, "attempts still give no link; trying on");
                     known.logged = now;
                 }
             }
             _ => {
-                warn!(%gateway, cause = text, "no link; trying on, this is logged again every {} s",
+                warn!(%gateway, cause = text, "the attempt gave no link; trying on, this is logged again every {} s",
                       REMIND_PERIOD.as_secs());
                 self.complaint = Some(Complaint { text, logged: now, attempts: 1 });
             }
@@ -280,32 +341,5 @@ async fn until<T>(shutdown: &CancellationToken, work: impl Future<Output = T>) -
         biased;
         () = shutdown.cancelled() => None,
         done = work => Some(done),
-    }
-}
-
-/// Looks for new credentials, for ever. New connections use them; links that are up keep what they have.
-async fn reload_credentials(tls: &ClientTls) {
-    let mut period = interval(RELOAD_PERIOD);
-    let mut complaint = String::new();
-    loop {
-        period.tick().await;
-        match tls.reload() {
-            Ok(changed) => {
-                complaint.clear();
-                if changed {
-                    info!("the credentials have changed; the next link uses them");
-                }
-            }
-            Err(failure) => {
-                let text = failure.to_string();
-                if text != complaint {
-                    error!(
-                        cause = text,
-                        "the credentials' files cannot be used; going on with what they held before"
-                    );
-                    complaint = text;
-                }
-            }
-        }
     }
 }

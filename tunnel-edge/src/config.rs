@@ -86,7 +86,10 @@ crate::settings_group! {
     pub struct BackoffSettings in "backoff" {
         /// Shortest wait. Each wait is drawn at random between this and a limit, which doubles with each failure.
         min: Duration = "500ms",
-        /// Longest wait.
+        /// Longest wait while no gateway can be reached, or none takes new links. A gateway that is back has its edges
+        /// within this time; a larger fleet may want it longer. Never longer than max.
+        outage_max: Duration = "4s",
+        /// Longest wait while something must be repaired, such as a certificate.
         max: Duration = "30s",
         /// A link that has held this long counts as a success: the next wait is the first again.
         reset_after: Duration = "30s",
@@ -144,6 +147,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Logs.
     pub log: LogConfig,
+    /// How often the credentials' files are looked at. No setting: nothing is won by another value.
+    pub reload_period: Duration,
 }
 
 /// How soon a lost link is dialed again.
@@ -151,7 +156,9 @@ pub struct Config {
 pub struct Backoff {
     /// First wait.
     pub min: Duration,
-    /// Longest wait.
+    /// Longest wait while no gateway can be reached, or none takes new links.
+    pub outage_max: Duration,
+    /// Longest wait while something must be repaired.
     pub max: Duration,
     /// A link that has held this long counts as a success.
     pub reset_after: Duration,
@@ -239,6 +246,7 @@ impl Parse for ExpectedName {
     }
 }
 
+const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -275,6 +283,7 @@ impl Settings {
         problems.within(&self.link.max_streams, &(1..=65_536), usize::to_string);
         problems.within(&self.link.receive_window, &(Size(0)..=Size(4 << 30)), |size| *size);
         problems.within(&self.backoff.min, &(MILLISECOND..=HOUR), duration);
+        problems.within(&self.backoff.outage_max, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.backoff.max, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.backoff.reset_after, &(Duration::ZERO..=HOUR), duration);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
@@ -304,12 +313,14 @@ impl Settings {
             },
             backoff: Backoff {
                 min: self.backoff.min.value,
+                outage_max: self.backoff.outage_max.value.min(self.backoff.max.value),
                 max: self.backoff.max.value,
                 reset_after: self.backoff.reset_after.value,
             },
             drain_timeout: self.drain.timeout.value,
             admin: self.admin.listen.value.into_option(),
             log: self.log.into(),
+            reload_period: RELOAD_PERIOD,
         }
     }
 }

@@ -5,7 +5,8 @@
 //! 1. [`cli`] and [`config`] turn flags, environment and file into a [`config::Config`] in which everything has been
 //!    checked; [`run`] reads the credentials, opens the admin endpoint and starts the agent.
 //! 2. [`agent`] keeps the node linked, for ever: which gateway, when again after a failure (`backoff`), where to when
-//!    a gateway drains, and the drain of this process. Losing every gateway never ends it; it only makes
+//!    a gateway drains, the renewal of the link when the certificate was rotated (which `credentials` notices), and the
+//!    drain of this process. Losing every gateway never ends it; it only makes
 //!    [`AgentStatus::ready`](status::AgentStatus::ready) say so.
 //! 3. `uplink` is one attempt: connect, through an HTTP proxy where there is one, TLS, `Hello` and `Welcome`.
 //! 4. `link` serves a link that is up: one task, which owns all streams of the link.
@@ -19,6 +20,7 @@ pub mod agent;
 mod backoff;
 pub mod cli;
 pub mod config;
+mod credentials;
 pub mod daemon;
 mod dial;
 mod link;

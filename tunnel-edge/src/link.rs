@@ -1,10 +1,15 @@
 //! A link that is up, from the gateway's welcome to its end: hands each new stream to `stream`, follows the gateway's
-//! wishes, drains at shutdown. Started by `agent`, one task per link; the task owns all streams of its link.
+//! wishes, drains at shutdown and when there is a newer link. Started by `agent`, one task per link; the task owns all
+//! streams of its link.
 //!
 //! An end by drain goes in this order: no new streams; running ones finish; at the deadline the rest is stopped, which
 //! tells the far side why; only then the link is closed.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{
     sync::watch,
@@ -30,6 +35,8 @@ use crate::{
 
 /// Streams that were stopped at a deadline have this long to tell the far side.
 const STOP_GRACE: Duration = Duration::from_secs(1);
+/// Streams that the gateway sent before it knew of the newer link have this long to arrive.
+const RETIRE_GRACE: Duration = Duration::from_secs(1);
 /// How often the link's round-trip time goes into the metrics.
 const RTT_PERIOD: Duration = Duration::from_secs(5);
 
@@ -38,7 +45,7 @@ const RTT_PERIOD: Duration = Duration::from_secs(5);
 pub(crate) enum Phase {
     /// Streams come over it.
     Up,
-    /// The gateway sends no new streams; old ones run on.
+    /// The gateway sends no new streams, by its own wish or the edge's; old ones run on.
     Draining,
     /// It is gone.
     Ended,
@@ -52,6 +59,10 @@ pub(crate) struct Serving<N: Network> {
     pub(crate) phase: watch::Sender<Phase>,
     /// Cancelled when this process shall drain.
     pub(crate) shutdown: CancellationToken,
+    /// Cancelled when there is a newer link.
+    pub(crate) retire: CancellationToken,
+    /// When the certificate expires that the link was made with, as far as it is known.
+    pub(crate) expires: Option<SystemTime>,
     pub(crate) drain_timeout: Duration,
     pub(crate) up: LinkUp,
     pub(crate) metrics: Metrics,
@@ -73,7 +84,7 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     let Serving { gateway, phase, up, metrics, shutdown, drain_timeout, .. } = serving;
     let lasted_s = begun.elapsed().as_secs();
     if drain.leaving {
-        info!(gateway, cause = %end, lasted_s, "link closed");
+        info!(gateway, cause = %end, lasted_s, streams = streams.len(), "link closed");
     } else {
         warn!(gateway, cause = %end, lasted_s, streams = streams.len(), "link lost, and its streams with it");
     }
@@ -109,21 +120,34 @@ struct Session<N: Network> {
 struct DrainState {
     /// This side ends the link as soon as no stream is left.
     leaving: bool,
+    /// This process goes.
+    shutting_down: bool,
     /// When streams that still run are stopped; after that, when the link is closed whatever they do.
     deadline: Option<Instant>,
     stopped: bool,
 }
 
+impl DrainState {
+    /// Of several deadlines, the first counts.
+    fn ends_by(&mut self, deadline: Instant) {
+        self.deadline = Some(self.deadline.map_or(deadline, |known| known.min(deadline)));
+    }
+}
+
 impl<N: Network> Session<N> {
     async fn run(&mut self, link: &mut Link) -> LinkError {
-        let shutdown = self.serving.shutdown.clone();
+        let (shutdown, retire) = (self.serving.shutdown.clone(), self.serving.retire.clone());
+        let mut retired = pin!(async move {
+            retire.cancelled().await;
+            sleep(RETIRE_GRACE).await;
+        });
         let mut rtt = interval(RTT_PERIOD);
         loop {
             // A shutdown first, so that a stream behind it is refused. Then the link, which must never wait for the
-            // edge's own work; finished streams before the deadline that would stop them.
+            // edge's own work; finished streams before the deadline that would stop them. Retiring has time.
             tokio::select! {
                 biased;
-                () = shutdown.cancelled(), if !self.drain.leaving => self.leave(),
+                () = shutdown.cancelled(), if !self.drain.shutting_down => self.leave(),
                 event = link.next() => match event {
                     LinkEvent::Stream(incoming) => self.begin_stream(incoming),
                     LinkEvent::Draining(drain) => self.gateway_drains(&drain),
@@ -137,6 +161,7 @@ impl<N: Network> Session<N> {
                 () = sleep_until(self.drain.deadline.unwrap_or_else(Instant::now)), if self.drain.deadline.is_some() => {
                     self.deadline_passed();
                 }
+                () = &mut retired, if !self.drain.leaving => self.retire(),
                 _ = rtt.tick() => self.measure(),
             }
         }
@@ -144,18 +169,37 @@ impl<N: Network> Session<N> {
 
     fn begin_stream(&mut self, incoming: tunnel_core::Incoming) {
         let (dialing, own_names) = (self.serving.dialing.clone(), self.own_names.clone());
-        let (stop, draining) = (self.stop.clone(), self.drain.leaving);
+        let (stop, draining) = (self.stop.clone(), self.drain.shutting_down || self.drain.stopped);
         self.streams
             .spawn(async move { stream::serve(&dialing, &own_names, incoming, &stop, draining).await });
     }
 
     /// This process goes: the gateway is told, and streams have until the drain timeout.
     fn leave(&mut self) {
-        let timeout = self.serving.drain_timeout;
-        self.handle.drain(timeout, "the edge is shutting down");
-        let deadline = Instant::now() + timeout;
+        self.drain.shutting_down = true;
+        self.drain_within(self.serving.drain_timeout, "the edge is shutting down");
+    }
+
+    /// There is a newer link. What runs over this one, such as the following of a log, is not to be cut because a
+    /// certificate was rotated: it has until the old certificate expires, when a gateway ends the link anyway.
+    fn retire(&mut self) {
+        let valid_for = self.serving.expires.and_then(|at| at.duration_since(SystemTime::now()).ok());
+        let time_left = valid_for.unwrap_or_default().max(self.serving.drain_timeout);
+        info!(
+            gateway = self.serving.gateway,
+            streams = self.streams.len(),
+            deadline_s = time_left.as_secs(),
+            "a newer link takes over; this one ends with its last stream"
+        );
+        self.serving.up.retires();
+        self.serving.phase.send_replace(Phase::Draining);
+        self.drain_within(time_left, "the edge has a newer link");
+    }
+
+    fn drain_within(&mut self, timeout: Duration, reason: &str) {
+        self.handle.drain(timeout, reason);
         self.drain.leaving = true;
-        self.drain.deadline = Some(self.drain.deadline.map_or(deadline, |known| known.min(deadline)));
+        self.drain.ends_by(Instant::now() + timeout);
         self.close_if_idle();
     }
 
@@ -169,8 +213,7 @@ impl<N: Network> Session<N> {
             deadline_s = time_left.as_secs(),
             "the gateway drains; moving to another one"
         );
-        let deadline = Instant::now() + time_left;
-        self.drain.deadline = Some(self.drain.deadline.map_or(deadline, |known| known.min(deadline)));
+        self.drain.ends_by(Instant::now() + time_left);
         let cause = format!("{}: the gateway drains: {}", self.serving.gateway, clean_text(&drain.reason));
         self.serving.up.drains(cause);
         self.serving.phase.send_replace(Phase::Draining);

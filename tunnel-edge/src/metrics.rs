@@ -1,5 +1,5 @@
-//! Every metric of an edge, in one struct, so that one look shows what is measured. Fed by `agent` and `stream`,
-//! encoded by the admin endpoint. All label values come from fixed lists: nothing a far side says becomes a label.
+//! Every metric of an edge, in one struct, so that one look shows what is measured. Fed by `agent`, `credentials` and
+//! `stream`, encoded by the admin endpoint. All label values come from fixed lists: nothing a far side says becomes a label.
 
 use std::{sync::atomic::AtomicU64, time::Duration};
 
@@ -39,6 +39,8 @@ pub struct Metrics {
     pub(crate) streams_active: Gauge,
     /// Streams whose target was connected.
     pub(crate) streams_opened: Counter,
+    /// When the certificate that is in use expires, as Unix time.
+    pub(crate) certificate_expiry: Gauge,
     connect_failures: Family<Cause, Counter>,
     links_lost: Family<Cause, Counter>,
     streams_refused: Family<Code, Counter>,
@@ -55,6 +57,7 @@ impl Metrics {
             rtt: Gauge::default(),
             streams_active: Gauge::default(),
             streams_opened: Counter::default(),
+            certificate_expiry: Gauge::default(),
             connect_failures: Family::default(),
             links_lost: Family::default(),
             streams_refused: Family::default(),
@@ -69,6 +72,12 @@ impl Metrics {
             "Smoothed round-trip time to the gateway of the newest link",
             Unit::Seconds,
             metrics.rtt.clone(),
+        );
+        edge.register_with_unit(
+            "certificate_expiry_timestamp",
+            "When the client certificate that is loaded expires, as Unix time",
+            Unit::Seconds,
+            metrics.certificate_expiry.clone(),
         );
         edge.register(
             "connect_failures",

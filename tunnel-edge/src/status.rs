@@ -13,7 +13,7 @@ pub struct AgentStatus(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
-    /// Links that new streams may come over; one whose gateway drains only serves the old ones, and does not count.
+    /// Links that new streams may come over; one that drains only serves the old ones, and does not count.
     links: usize,
     /// When `links` last became zero.
     since: Instant,
@@ -63,6 +63,11 @@ impl LinkUp {
         self.stop_serving();
     }
 
+    /// No new streams come over the link, since there is a newer one.
+    pub(crate) fn retires(&mut self) {
+        self.stop_serving();
+    }
+
     fn stop_serving(&mut self) {
         if std::mem::take(&mut self.serving) {
             let mut state = self.status.0.lock();
@@ -71,9 +76,11 @@ impl LinkUp {
         }
     }
 
-    /// The link has ended, because of `cause`.
+    /// The link has ended, because of `cause`. If it served no more, that is not why there is no other.
     pub(crate) fn lost(self, cause: String) {
-        self.status.failed(cause);
+        if self.serving {
+            self.status.failed(cause);
+        }
     }
 }
 
@@ -81,5 +88,25 @@ impl Drop for LinkUp {
     fn drop(&mut self) {
         self.stop_serving();
         self.metrics.links.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_link_that_has_retired_is_not_why_there_is_none() {
+        let (status, metrics) = (AgentStatus::new(), Metrics::new(&mut Registry::default()));
+        let mut old = status.link_up(&metrics);
+        let new = status.link_up(&metrics);
+        old.retires();
+        assert_eq!((status.ready(), metrics.links.get()), (Ok(()), 2));
+        new.lost("cut".to_owned());
+        old.lost("its last stream has ended".to_owned());
+        assert!(status.ready().unwrap_err().ends_with("s: cut"), "{:?}", status.ready());
+        assert_eq!(metrics.links.get(), 0);
     }
 }

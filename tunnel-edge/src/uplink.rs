@@ -10,6 +10,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     time::{Instant, timeout_at},
 };
+use tokio_rustls::TlsConnector;
 use tunnel_core::{
     ConnectError, Host, Link, LinkConfig, Target,
     proto::{
@@ -107,6 +108,19 @@ impl UplinkError {
         }
     }
 
+    /// Whether it will fail again until somebody changes something: a certificate, a name, a version. Not so while a
+    /// gateway is away, or a load balancer has none behind it.
+    pub(crate) fn needs_a_person(&self) -> bool {
+        match self {
+            Self::Dial(_) | Self::TimedOut { .. } | Self::Link(ConnectError::Link(_)) => false,
+            Self::Tls { label, .. } => !matches!(*label, "closed" | "io"),
+            Self::Link(ConnectError::Rejected(reject)) => {
+                !matches!(reject.code(), RejectCode::Draining | RejectCode::Overloaded)
+            }
+            Self::Proxy { .. } | Self::ServerName(_) | Self::Alpn => true,
+        }
+    }
+
     /// How long the gateway asks this side to stay away.
     pub(crate) fn retry_after(&self) -> Duration {
         match self {
@@ -135,7 +149,8 @@ pub(crate) struct Uplink {
 }
 
 impl Uplink {
-    /// Makes one attempt. Cancel-safe: dropping the future drops the connection.
+    /// Makes one attempt, with the credentials as they are at its first poll. Cancel-safe: dropping the future drops the
+    /// connection.
     pub(crate) async fn connect(
         &self,
         network: &impl Network,
@@ -144,21 +159,23 @@ impl Uplink {
     ) -> Result<(Link, Welcome), UplinkError> {
         let limit = Limit { after: self.timeout, at: Instant::now() + self.timeout };
         let Destination { address, .. } = gateway;
+        let tls = self.tls.connector();
         let Some(proxy) = self.proxies.proxy_for(address) else {
             let dial = network.connect(&address.host, address.port);
             let connection = limit.hold("a connection", dial).await??;
-            return self.handshake(connection, gateway, hello, &limit).await;
+            return self.handshake(&tls, connection, gateway, hello, &limit).await;
         };
         let proxy = Proxy::new(&proxy)?;
         let dial = network.connect(&proxy.address.host, proxy.address.port);
         let failed = |error: DialError| proxy.error(format!("cannot be reached: {error}"));
         let connection = limit.hold("a connection to the proxy", dial).await?.map_err(failed)?;
         let tunnel = limit.hold("the proxy's answer", proxy.open_tunnel(connection, address)).await??;
-        self.handshake(tunnel, gateway, hello, &limit).await
+        self.handshake(&tls, tunnel, gateway, hello, &limit).await
     }
 
     async fn handshake<T>(
         &self,
+        tls: &TlsConnector,
         connection: T,
         gateway: &Destination,
         hello: Hello,
@@ -171,7 +188,7 @@ impl Uplink {
             Some(name) => name.clone(),
             None => server_name(&gateway.address.host)?,
         };
-        let handshake = self.tls.connector().connect(name, connection);
+        let handshake = tls.connect(name, connection);
         let failed =
             |error: io::Error| UplinkError::Tls { label: tls::label(&error), text: tls::explain(&error) };
         let connection = limit.hold("the TLS handshake", handshake).await?.map_err(failed)?;

@@ -144,13 +144,15 @@ fn summary(config: &Config) -> String {
     let unix = ingress.unix.as_ref().map(|unix| format!("{} (mode {:04o})", unix.path.display(), unix.mode));
     let listeners = [tcp, unix].into_iter().flatten().collect::<Vec<_>>().join(", ");
     let admin = config.admin.map_or_else(|| "off".to_owned(), |address| format!("http://{address}"));
+    let cluster = config.cluster.as_ref();
+    let cluster = cluster.map(|access| format!(" and the cluster's nodes ({access})")).unwrap_or_default();
     format!(
         "The configuration is good. This gateway would
   be gateway       {}
   take edges at    {} ({} links, {} a node)
   take clients at  {listeners}
   carry            {} streams over {} connections, at most {} over one
-  route            by node name, then by its grants
+  route            by node name, then by its grants{cluster}
   beat             every {}
   drain for        {}
   answer at        {admin}

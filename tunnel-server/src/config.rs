@@ -2,6 +2,7 @@
 //! checked, before any port is bound.
 
 mod grant;
+mod kubeconfig;
 
 use std::{
     fmt, fs,
@@ -24,8 +25,9 @@ use tunnel_edge::{
 };
 
 pub use grant::{Grant, HostName};
+pub use kubeconfig::Kubeconfig;
 
-use crate::grants::Grants;
+use crate::{cluster::Access, grants::Grants};
 
 settings_group! {
     /// Gateway (who it is, and which nodes serve what)
@@ -36,6 +38,16 @@ settings_group! {
         /// hosts and default_route; as a flag, node=NAME,address=ADDR,cidr=CIDR,host=NAME,default-route, where all but the
         /// node may be left out or repeated.
         grants: List<Grant>,
+    }
+}
+
+settings_group! {
+    /// Kubernetes (the cluster whose nodes are granted what is theirs)
+    pub struct KubernetesSettings in "kubernetes" {
+        /// How to reach the API server: none, in-cluster (the pod's service account), or a kubeconfig file, whose current
+        /// context is used. Each node is then granted the addresses of its status and its pod CIDRs, beside what grants
+        /// say. Needs get, list and watch for nodes.
+        kubeconfig: Kubeconfig = "none",
     }
 }
 
@@ -117,6 +129,7 @@ settings! {
     /// Everything that a gateway can be told.
     pub struct Settings for Config, variables "TUNNEL_SERVER" {
         gateway: TopSettings,
+        kubernetes: KubernetesSettings,
         edges: EdgesSettings,
         ingress: IngressSettings,
         link: LinkSettings,
@@ -133,6 +146,8 @@ pub struct Config {
     pub gateway_id: GatewayId,
     /// Which node serves what.
     pub grants: Grants,
+    /// The cluster whose nodes are granted what is theirs, if any.
+    pub cluster: Option<Access>,
     /// The public side.
     pub edges: Edges,
     /// The private side.
@@ -255,6 +270,7 @@ impl Settings {
         Some(Config {
             gateway_id: gateway_id?,
             grants: grant::table(self.gateway.grants.value),
+            cluster: self.kubernetes.kubeconfig.value.into_access(),
             edges: edges?,
             ingress: ingress?,
             heartbeat: self.link.heartbeat.value,
@@ -384,7 +400,8 @@ fn host_name() -> Option<String> {
 }
 
 impl Config {
-    /// Reads the credentials of each side and checks that they fit together. All that is wrong, one line each.
+    /// Reads the credentials of each side and for the cluster, and checks that they fit together. All that is wrong, one
+    /// line each. Nothing is contacted.
     pub fn check_files(&self) -> Result<(), Vec<String>> {
         let sides = [
             ("edges", Domain::Edge, Some(&self.edges.tls)),
@@ -396,6 +413,8 @@ impl Config {
         };
         let mut problems: Vec<String> = sides.into_iter().filter_map(check).collect();
         problems.extend(self.shared_ca());
+        let cluster = self.cluster.as_ref().and_then(|access| access.check().err());
+        problems.extend(cluster.map(|error| format!("kubernetes.kubeconfig: {error}")));
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 

@@ -6,7 +6,6 @@
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
-use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::{
     sync::Semaphore,
@@ -18,6 +17,7 @@ use tracing::{error, info, warn};
 use tunnel_core::{GatewayId, LinkConfig, tls::ServerTls};
 
 use crate::{
+    cluster::{Access, ClusterWatch},
     edges::{
         EdgeDoor, EdgeSettings,
         registry::{LinkLimits, Registry},
@@ -107,6 +107,7 @@ pub struct Gateway {
     ingress_doors: Vec<Task>,
     edge_doors: Vec<Task>,
     credentials: Vec<ServerTls>,
+    cluster: Option<Task>,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -146,7 +147,7 @@ impl Gateway {
     pub fn new(settings: GatewaySettings, metrics: &mut MetricsRegistry) -> Self {
         let metrics = Metrics::new(metrics);
         let stages = Stages::default();
-        let grants: SharedGrants = Arc::new(ArcSwap::from_pointee(settings.grants.clone()));
+        let grants = SharedGrants::new(settings.grants.clone());
         let registry = Registry::new(settings.links, metrics.clone());
         let router =
             Router::new(registry.clone(), grants.clone(), settings.dial_timeout, settings.max_streams);
@@ -171,6 +172,7 @@ impl Gateway {
             ingress_doors: Vec::new(),
             edge_doors: Vec::new(),
             credentials: Vec::new(),
+            cluster: None,
         }
     }
 
@@ -208,6 +210,13 @@ impl Gateway {
         self.ingress_doors.push(Box::pin(accept_loop(door, "unix ingress", places, stop, serve)));
     }
 
+    /// Grants the nodes of a cluster what is theirs, beside what the settings grant.
+    pub fn watch_cluster(&mut self, access: Access) {
+        let (configured, grants) = (self.settings.grants.clone(), self.grants.clone());
+        let watch = ClusterWatch::new(access, configured, grants, self.metrics.clone());
+        self.cluster = Some(Box::pin(watch.run()));
+    }
+
     /// Whether it takes new work, as long as it runs.
     pub fn readiness(&self) -> Readiness {
         Readiness(self.stages.draining.clone())
@@ -217,10 +226,16 @@ impl Gateway {
     ///
     /// Dropping the future ends everything at once: streams are reset, links are dropped.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Self { settings, stages, ingress_doors, edge_doors, credentials, .. } = self;
+        let Self { settings, stages, ingress_doors, edge_doors, credentials, cluster, .. } = self;
+        // A task of its own: should it fail, what it knew stays in force.
+        let mut cluster = spawn_all(cluster.into_iter().collect());
         let mut ingress = spawn_all(ingress_doors);
         let mut edges = spawn_all(edge_doors);
         let reload = reload_credentials(&credentials);
+        let watched = async {
+            all_ended(&mut cluster).await;
+            std::future::pending::<()>().await;
+        };
         let serve = async {
             shutdown.cancelled().await;
             info!(timeout_s = settings.drain_timeout.as_secs(), "draining: nothing new is taken");
@@ -235,11 +250,13 @@ impl Gateway {
             info!("drained");
         };
         tokio::select! {
-            // The way out goes before new credentials, which nobody needs any more.
+            // The way out goes before new credentials and new nodes, which nobody needs any more.
             biased;
             () = serve => {}
             () = reload => {}
+            () = watched => {}
         }
+        cluster.shutdown().await;
     }
 }
 
@@ -279,7 +296,7 @@ fn spawn_all(tasks: Vec<Task>) -> JoinSet<()> {
 
 async fn all_ended(tasks: &mut JoinSet<()>) {
     while let Some(ended) = tasks.join_next().await {
-        report_panic("door", ended);
+        report_panic("a gateway's task", ended);
     }
 }
 

@@ -1,16 +1,15 @@
 //! Which node serves a host, beyond the nodes' own names: the identifiers that the gateway's policy grants. Built from
-//! configuration; asked by `route` for every request, and by `edges` for what to tell a new link.
+//! configuration and by `cluster`; asked by `route` for every request, and by `edges` for what to tell a link.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::IpAddr,
     str::FromStr,
     sync::Arc,
 };
 
-use arc_swap::ArcSwap;
 use ipnet::IpNet;
+use tokio::sync::watch;
 use tunnel_core::{Host, NodeId};
 
 /// Something a node may be granted to serve.
@@ -81,33 +80,94 @@ impl Holder {
     }
 }
 
-/// The table in force, which can be replaced while it is used.
-pub(crate) type SharedGrants = Arc<ArcSwap<Grants>>;
+/// The table in force, which can be replaced while it is used. Clones are the same table.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedGrants(watch::Sender<Arc<Grants>>);
 
-/// Every grant. Immutable: a new table replaces the old one as a whole.
-#[derive(Clone, Debug, Default)]
+impl SharedGrants {
+    pub(crate) fn new(table: Grants) -> Self {
+        Self(watch::Sender::new(Arc::new(table)))
+    }
+
+    pub(crate) fn load(&self) -> Arc<Grants> {
+        self.0.borrow().clone()
+    }
+
+    /// Puts a table in force and wakes whoever waits for one, unless it says what the last one said: whether it did.
+    pub(crate) fn replace(&self, table: Grants) -> bool {
+        self.0.send_if_modified(|in_force| {
+            let differs = **in_force != table;
+            if differs {
+                *in_force = Arc::new(table);
+            }
+            differs
+        })
+    }
+
+    /// To wait for the next table.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Grants>> {
+        self.0.subscribe()
+    }
+}
+
+/// Every grant. A new table replaces the one in force as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     by_node: BTreeMap<NodeId, BTreeSet<Identifier>>,
     holders: BTreeMap<Identifier, BTreeSet<NodeId>>,
     /// The prefix lengths that occur, the longest last.
     prefix_lengths: BTreeSet<u8>,
+    /// Why the cluster's nodes are not in the table, while they should be.
+    unread: Option<String>,
 }
 
 impl FromIterator<(NodeId, Identifier)> for Grants {
     fn from_iter<I: IntoIterator<Item = (NodeId, Identifier)>>(grants: I) -> Self {
         let mut table = Self::default();
         for (node, identifier) in grants {
-            if let Identifier::Network(network) = &identifier {
-                table.prefix_lengths.insert(network.prefix_len());
-            }
-            table.holders.entry(identifier.clone()).or_default().insert(node.clone());
-            table.by_node.entry(node).or_default().insert(identifier);
+            table.grant(node, identifier);
         }
         table
     }
 }
 
+/// How a table is made.
 impl Grants {
+    pub(crate) fn grant(&mut self, node: NodeId, identifier: Identifier) {
+        self.contest(node.clone(), identifier.clone());
+        self.by_node.entry(node).or_default().insert(identifier);
+    }
+
+    /// A node that exists, whether anything is granted to it or not.
+    pub(crate) fn add_node(&mut self, node: NodeId) {
+        self.by_node.entry(node).or_default();
+    }
+
+    /// What a node may have a right to without being granted it: if another holds it, routing refuses and names both.
+    pub(crate) fn contest(&mut self, node: NodeId, identifier: Identifier) {
+        if let Identifier::Network(network) = &identifier {
+            self.prefix_lengths.insert(network.prefix_len());
+        }
+        self.holders.entry(identifier).or_default().insert(node);
+    }
+
+    /// The same table, to which the cluster's nodes are still to come. `cause` says why they are not there.
+    pub(crate) fn without_nodes_yet(self, cause: String) -> Self {
+        Self { unread: Some(cause), ..self }
+    }
+}
+
+impl Grants {
+    /// Why the cluster's nodes are not in this table, while they should be.
+    pub(crate) fn unread(&self) -> Option<&str> {
+        self.unread.as_deref()
+    }
+
+    /// Every node that it speaks of.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &NodeId> {
+        self.by_node.keys()
+    }
+
     /// Whether the policy speaks of this node at all.
     pub(crate) fn knows(&self, node: &NodeId) -> bool {
         self.by_node.contains_key(node)
@@ -118,23 +178,33 @@ impl Grants {
         self.by_node.get(node).into_iter().flatten()
     }
 
+    /// Who has a right to exactly this.
+    pub(crate) fn holders(&self, identifier: &Identifier) -> impl Iterator<Item = &NodeId> {
+        self.holders.get(identifier).into_iter().flatten()
+    }
+
     /// Who serves `host`: by exact name or address, else by the longest network, else by default.
     ///
     /// Nodes count whether they are connected or not. Were they not, a stream for one site would reach another that
-    /// uses the same addresses, whenever the first is offline.
+    /// uses the same addresses, whenever the first is offline. For the same reason only exact grants count while nodes
+    /// are still to come: one of those may hold the address that a network or the default route would catch.
     pub(crate) fn holder(&self, host: &Host) -> Holder {
         let exact = self.holders.get(&Identifier::Host(host.clone()));
+        if self.unread.is_some() {
+            return Holder::of(exact);
+        }
         let network = || match host {
-            Host::Ip(address) => self.network_of(*address),
+            Host::Ip(address) => self.networks_around((*address).into()).next().map(|(_, nodes)| nodes),
             Host::Name(_) => None,
         };
         Holder::of(exact.or_else(network).or_else(|| self.holders.get(&Identifier::DefaultRoute)))
     }
 
-    fn network_of(&self, address: IpAddr) -> Option<&BTreeSet<NodeId>> {
-        self.prefix_lengths.iter().rev().find_map(|length| {
-            let network = IpNet::new(address, *length).ok()?.trunc();
-            self.holders.get(&Identifier::Network(network))
+    /// The networks that `network` is or lies in, the longest first, with those who have a right to each.
+    pub(crate) fn networks_around(&self, network: IpNet) -> impl Iterator<Item = (IpNet, &BTreeSet<NodeId>)> {
+        self.prefix_lengths.range(..=network.prefix_len()).rev().filter_map(move |length| {
+            let around = IpNet::new(network.addr(), *length).ok()?.trunc();
+            Some((around, self.holders.get(&Identifier::Network(around))?))
         })
     }
 }
@@ -204,6 +274,34 @@ mod tests {
         assert_eq!(holder(&table, "172.16.9.1"), both);
         assert_eq!(holder(&table, "8.8.8.8"), both);
         assert_eq!(holder(&table, "172.16.1.1"), Holder::One(node("c")));
+    }
+
+    #[test]
+    fn what_is_contested_reaches_neither() {
+        let mut table = grants(&[("wide", "10.1.0.0/16"), ("near", "10.1.2.0/24")]);
+        table.contest(node("wide"), "10.1.2.0/24".parse().unwrap());
+        assert_eq!(holder(&table, "10.1.2.3"), Holder::Several(vec![node("near"), node("wide")]));
+        assert_eq!(holder(&table, "10.1.3.3"), Holder::One(node("wide")));
+        assert_eq!(table.of(&node("wide")).count(), 1);
+    }
+
+    #[test]
+    fn only_exact_grants_count_while_nodes_are_to_come() {
+        let all = grants(&[("any", "default-route"), ("wide", "10.0.0.0/8"), ("exact", "10.1.2.3")]);
+        let early = all.without_nodes_yet("why".to_owned());
+        assert_eq!(holder(&early, "10.1.2.3"), Holder::One(node("exact")));
+        assert_eq!(holder(&early, "10.1.2.4"), Holder::None);
+        assert_eq!(holder(&early, "name"), Holder::None);
+        assert!(early.knows(&node("wide")));
+    }
+
+    #[test]
+    fn a_table_that_says_the_same_wakes_nobody() {
+        let shared = SharedGrants::new(grants(&[("a", "10.0.0.1")]));
+        let waiting = shared.subscribe();
+        assert!(!shared.replace(grants(&[("a", "10.0.0.1")])) && !waiting.has_changed().unwrap());
+        assert!(shared.replace(grants(&[("b", "10.0.0.1")])) && waiting.has_changed().unwrap());
+        assert_eq!(holder(&shared.load(), "10.0.0.1"), Holder::One(node("b")));
     }
 
     #[test]

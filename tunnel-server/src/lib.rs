@@ -12,12 +12,14 @@
 //!    speak CONNECT. A refusal of any kind becomes a reply in one place, `ingress::reply`.
 //! 5. `route` finds the node that serves a target (by name, else by `grants`), takes a link of it from the registry and
 //!    opens a stream; [`tunnel_core::relay()`] then carries the bytes until both directions have ended.
+//! 6. `cluster` watches the nodes through the API server, if there is one, and puts new `grants` in force.
 //!
 //! Dependencies go one way: ingress, route, registry, core. Every task has an owner that waits for it, up to
 //! [`Gateway::run`]. Time is tokio's, randomness comes from outside, and doors are [`Accept`], so that a simulation runs
 //! the very same gateway on a network of its own.
 
 pub mod cli;
+mod cluster;
 pub mod config;
 pub mod dev;
 mod edges;
@@ -33,6 +35,7 @@ mod route;
 mod testing;
 
 pub use {
+    cluster::{Access, AccessError},
     edges::registry::LinkLimits,
     gateway::{Gateway, GatewaySettings, Readiness},
     grants::{Grants, Identifier, IdentifierError},

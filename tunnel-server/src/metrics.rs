@@ -55,6 +55,10 @@ pub(crate) struct Metrics {
     pub(crate) links_opened: Counter,
     /// Streams that are being relayed.
     pub(crate) streams_active: Gauge,
+    /// 1 while the cluster's nodes are watched.
+    pub(crate) cluster_in_sync: Gauge,
+    /// Nodes of the cluster.
+    pub(crate) cluster_nodes: Gauge,
     /// Connections of the control plane.
     pub(crate) ingress_connections: Gauge,
     links_closed: Family<Cause, Counter>,
@@ -75,6 +79,8 @@ impl Metrics {
             nodes_with_several_links: Gauge::default(),
             links_opened: Counter::default(),
             streams_active: Gauge::default(),
+            cluster_in_sync: Gauge::default(),
+            cluster_nodes: Gauge::default(),
             ingress_connections: Gauge::default(),
             links_closed: Family::default(),
             handshakes_failed: Family::default(),
@@ -86,6 +92,7 @@ impl Metrics {
             link_rtt: Histogram::new(RTT_BUCKETS),
         };
         metrics.register_links(registry.sub_registry_with_prefix("tunnel_server"));
+        metrics.register_cluster(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_requests(registry.sub_registry_with_prefix("tunnel_server"));
         metrics
     }
@@ -115,6 +122,15 @@ impl Metrics {
             Unit::Seconds,
             self.link_rtt.clone(),
         );
+    }
+
+    fn register_cluster(&self, server: &mut Registry) {
+        server.register(
+            "cluster_in_sync",
+            "1 while the nodes are watched through the API server, 0 while they cannot be or need not be",
+            self.cluster_in_sync.clone(),
+        );
+        server.register("cluster_nodes", "Nodes that were read from the cluster", self.cluster_nodes.clone());
     }
 
     fn register_requests(&self, server: &mut Registry) {

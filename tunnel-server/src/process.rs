@@ -20,6 +20,7 @@ use tunnel_edge::daemon::{
 };
 
 use crate::{
+    cluster::{Access, AccessError},
     config::Config,
     edges::registry::LinkLimits,
     gateway::{Gateway, GatewaySettings},
@@ -46,6 +47,9 @@ pub enum StartError {
     /// The two sides are not kept apart.
     #[error("{0}")]
     SharedCa(String),
+    /// The cluster cannot be reached by what the configuration says.
+    #[error("kubernetes.kubeconfig: {0}")]
+    Cluster(#[from] AccessError),
     /// An address cannot be listened on.
     #[error("{key}: cannot listen on {address}: {error}")]
     Listen {
@@ -132,8 +136,12 @@ impl BoundGateway {
         if let Some(problem) = config.shared_ca() {
             return Err(StartError::SharedCa(problem));
         }
+        config.cluster.as_ref().map_or(Ok(()), Access::check)?;
         let mut metrics = MetricsRegistry::default();
         let mut gateway = Gateway::new(settings(config, request_seed), &mut metrics);
+        if let Some(access) = &config.cluster {
+            gateway.watch_cluster(access.clone());
+        }
         let (listener, edges) = listen("edges.listen", config.edges.listen).await?;
         gateway.serve_edges(listener, edges_tls);
         let mut ingress = None;

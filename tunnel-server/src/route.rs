@@ -53,6 +53,9 @@ pub(crate) enum RouteError {
     /// Nobody is known to serve this host.
     #[error("no such node: {host} is neither a node known to this gateway nor granted to one")]
     NoSuchNode { host: Host },
+    /// Nobody is known to serve this host, but the cluster's nodes are not known yet.
+    #[error("{host} is not known yet: the nodes have not been read from the cluster ({cause})")]
+    NodesUnread { host: Host, cause: String },
     /// More than one node serves this host.
     #[error("{host} is granted to more than one node ({}): ask for the node by its name", Names(nodes))]
     Ambiguous { host: Host, nodes: Vec<NodeId> },
@@ -216,7 +219,10 @@ impl Router {
         match grants.holder(host) {
             Holder::One(node) => Ok(node),
             Holder::Several(nodes) => Err(RouteError::Ambiguous { host: host.clone(), nodes }),
-            Holder::None => Err(RouteError::NoSuchNode { host: host.clone() }),
+            Holder::None => Err(match grants.unread() {
+                Some(cause) => RouteError::NodesUnread { host: host.clone(), cause: cause.to_owned() },
+                None => RouteError::NoSuchNode { host: host.clone() },
+            }),
         }
     }
 

@@ -51,6 +51,7 @@ impl Edge {
             connect_timeout: WAITS,
             backoff: Backoff {
                 min: Duration::from_millis(20),
+                outage_max: Duration::from_millis(100),
                 max: Duration::from_millis(100),
                 reset_after: PATIENCE,
             },

@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncReadExt,
     net::TcpStream,
     time::{Instant, sleep},
 };
@@ -13,7 +13,7 @@ use tunnel_tests::{
     workload::{Kind, Outcome, Request},
 };
 
-use crate::rig::{Client, LIMIT, Rig, assert_reset, ping, raw, until, within};
+use crate::rig::{LIMIT, Rig, assert_reset, finish, ping, raw, until, within};
 
 async fn several(rig: &Rig, nodes: u32) {
     let line = format!("tunnel_server_nodes_with_several_links {nodes}\n");
@@ -124,21 +124,6 @@ async fn a_node_that_is_away_is_told_by_its_name_until_it_is_back() {
     rig.linked(2).await;
     assert_whole(&rig, 2, "edge-a").await;
     rig.close().await;
-}
-
-/// Carries more through a stream, and ends it.
-async fn finish(mut client: Client, mut target: TcpStream) {
-    ping(&mut client, &mut target).await;
-    client.write_all(b"the end").await.unwrap();
-    client.shutdown().await.unwrap();
-    let mut text = String::new();
-    within("the client's end", target.read_to_string(&mut text)).await.unwrap();
-    assert_eq!(text, "the end");
-    target.write_all(b"and its answer").await.unwrap();
-    target.shutdown().await.unwrap();
-    text.clear();
-    within("the target's end", client.read_to_string(&mut text)).await.unwrap();
-    assert_eq!(text, "and its answer");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

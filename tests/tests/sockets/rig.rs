@@ -23,9 +23,10 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
     Host, LinkConfig, Target,
-    tls::{Domain, ServerTls},
+    tls::{Domain, Files, ServerTls},
 };
 use tunnel_edge::{
+    config::Config,
     network::{DialError, Network, SystemNetwork},
     policy::{Policy, Rule},
 };
@@ -43,6 +44,8 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Longer than [`LIMIT`]: what ends before has not been ended by it.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// The file of [`Rig::edge_ca`].
+const EDGE_CA: &str = "edge-ca.crt";
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -114,6 +117,8 @@ pub(crate) struct Rig {
     pub(crate) edges: [Option<Party>; 2],
     /// Looks into the gateway.
     pub(crate) probe: GatewayProbe,
+    /// What the gateway shows to edges and expects of them; its CA lies in [`Rig::edge_ca`].
+    pub(crate) edge_tls: ServerTls,
     /// Where the control plane connects by TCP.
     pub(crate) ingress: SocketAddr,
     /// Where it connects on this machine.
@@ -151,6 +156,9 @@ impl Rig {
         let kubelets = bind_kubelets().await;
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let (edges, ingress) = (TcpListener::bind(any).await.unwrap(), TcpListener::bind(any).await.unwrap());
+        let edge_ca = folder.path().join(EDGE_CA);
+        std::fs::copy(parties::files(Domain::Edge, "gateway").ca, &edge_ca).unwrap();
+        let edge_files = Files { ca: edge_ca, ..parties::files(Domain::Edge, "gateway") };
         if small.is_some() {
             // Accepted sockets inherit it.
             shrink_buffers(&ingress);
@@ -159,6 +167,7 @@ impl Rig {
             gateway: None,
             edges: [None, None],
             probe: GatewayProbe::default(),
+            edge_tls: ServerTls::load(Domain::Edge, edge_files).unwrap(),
             ingress: ingress.local_addr().unwrap(),
             unix: folder.path().join("ingress.sock"),
             port: kubelets[0].local_addr().unwrap().port(),
@@ -188,10 +197,10 @@ impl Rig {
             drain_timeout: DRAIN_TIMEOUT,
             ..parties::settings(HEARTBEAT, 1)
         };
-        let tls = |domain| ServerTls::load(domain, parties::files(domain, "gateway")).unwrap();
         let mut gateway = parties::gateway_with(settings, &self.probe);
-        gateway.serve_edges(edges, tls(Domain::Edge));
-        gateway.serve_ingress(ingress, tls(Domain::ControlPlane));
+        gateway.serve_edges(edges, self.edge_tls.clone());
+        let tls = ServerTls::load(Domain::ControlPlane, parties::files(Domain::ControlPlane, "gateway"));
+        gateway.serve_ingress(ingress, tls.unwrap());
         gateway.serve_ingress_plain(UnixDoor::bind(&self.unix, 0o600).unwrap());
         Party::start(|stop| gateway.run(stop))
     }
@@ -207,17 +216,36 @@ impl Rig {
         self.start_edge_on(SystemNetwork, node, kubelet)
     }
 
+    /// As above, with other settings.
+    pub(crate) fn start_edge_with(
+        &self,
+        node: usize,
+        kubelet: usize,
+        change: impl FnOnce(&mut Config),
+    ) -> Party {
+        let mut config = self.edge_config(node, kubelet);
+        change(&mut config);
+        run_edge(SystemNetwork, config)
+    }
+
     /// As above, with a network of the test's own.
     pub(crate) fn start_edge_on(&self, network: impl Network, node: usize, kubelet: usize) -> Party {
+        run_edge(network, self.edge_config(node, kubelet))
+    }
+
+    fn edge_config(&self, node: usize, kubelet: usize) -> Config {
         let gateway = Target { host: Host::Ip(self.edge_door.ip()), port: self.edge_door.port() };
-        let config = tunnel_edge::config::Config {
+        Config {
             link: LinkConfig::default(),
             policy: Policy::new(vec![Rule::node_port(self.port)], kubelet_address(kubelet)),
             drain_timeout: DRAIN_TIMEOUT,
             ..parties::edge_config(NODES[node], gateway)
-        };
-        let seed = rand::random();
-        Party::start(|stop| parties::run_edge(config, network, seed, stop))
+        }
+    }
+
+    /// The file with the CA that the gateway trusts edges by.
+    pub(crate) fn edge_ca(&self) -> PathBuf {
+        self.folder().join(EDGE_CA)
     }
 
     /// A folder for the test's files.
@@ -328,6 +356,11 @@ impl Rig {
     }
 }
 
+fn run_edge(network: impl Network, config: Config) -> Party {
+    let seed = rand::random();
+    Party::start(|stop| parties::run_edge(config, network, seed, stop))
+}
+
 /// A socket whose buffers no longer grow by themselves.
 pub(crate) fn shrink_buffers(socket: &impl AsFd) {
     const SMALL: usize = 64 * 1024;
@@ -394,6 +427,21 @@ pub(crate) async fn ping(
         assert_eq!(received, sent);
     };
     within("a ping", exchange).await;
+}
+
+/// Carries more through a stream, and ends it.
+pub(crate) async fn finish(mut client: Client, mut target: TcpStream) {
+    ping(&mut client, &mut target).await;
+    client.write_all(b"the end").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut text = String::new();
+    within("the client's end", target.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "the end");
+    target.write_all(b"and its answer").await.unwrap();
+    target.shutdown().await.unwrap();
+    text.clear();
+    within("the target's end", client.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "and its answer");
 }
 
 /// How the kernel ended a connection: reads the raw socket, below any TLS, to its end.

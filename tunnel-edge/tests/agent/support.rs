@@ -1,10 +1,12 @@
 //! What the tests of an agent need around it: a throwaway PKI, a gateway that is one raw link, an echo target.
 
 use std::{
-    fs,
+    fs, io,
     net::SocketAddr,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
-    time::Duration,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
 };
 
 use prometheus_client::registry::Registry;
@@ -18,7 +20,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
     Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest,
-    proto::messages::{Hello, Welcome},
+    proto::messages::{Drain, Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -45,6 +47,35 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
         }
     };
     timeout(LIMIT, poll).await.unwrap_or_else(|_| panic!("waited in vain for: {what}"));
+}
+
+/// What this thread logs, and so the agents of its test.
+#[derive(Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    /// The log of this thread goes here until the guard is dropped.
+    pub(crate) fn capture(&self) -> tracing::subscriber::DefaultGuard {
+        let log = self.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || log.clone()).finish();
+        tracing::subscriber::set_default(subscriber)
+    }
+
+    /// Lines that hold all of these texts.
+    pub(crate) fn count(&self, texts: &[&str]) -> usize {
+        let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        log.lines().filter(|line| texts.iter().all(|text| line.contains(text))).count()
+    }
+}
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A CA and the certificates that it has issued, in a directory that goes with it.
@@ -94,6 +125,29 @@ impl Pki {
         self.issue("gateway", params, "gateway", "test")
     }
 
+    /// A node's certificate, which expires after this time, and its key, as a kubelet has them in one file.
+    pub(crate) fn kubelet_pem(&self, node: &str, expires_in: Duration) -> String {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
+        params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
+        let now = SystemTime::now();
+        (params.not_before, params.not_after) =
+            ((now - Duration::from_secs(3600)).into(), (now + expires_in).into());
+        let key = KeyPair::generate().unwrap();
+        params.signed_by(&key, &self.issuer).unwrap().pem() + &key.serialize_pem()
+    }
+
+    /// Puts another file in the place of the node's credentials, as a kubelet does: a link is turned to it at once.
+    pub(crate) fn rotate(&self, pem: &str) -> Files {
+        let files = fs::read_dir(self.directory.path()).unwrap().count();
+        let (new, link) = (self.path(&format!("kubelet-client-{files}.pem")), self.path("new-link"));
+        let current = self.path("kubelet-client-current.pem");
+        fs::write(&new, pem).unwrap();
+        symlink(&new, &link).unwrap();
+        fs::rename(link, &current).unwrap();
+        Files { cert: current.clone(), key: current, ca: self.path("ca") }
+    }
+
     pub(crate) fn ca(&self) -> &Path {
         self.directory.path()
     }
@@ -122,20 +176,26 @@ impl Gateway {
 
     /// The next link that comes up.
     pub(crate) async fn accept(&self) -> GatewayLink {
+        self.try_accept().await.unwrap()
+    }
+
+    /// The next connection: a link, or why TLS failed.
+    pub(crate) async fn try_accept(&self) -> io::Result<GatewayLink> {
         let accept = async {
             let (stream, _) = self.listener.accept().await.unwrap();
-            let stream = self.tls.acceptor().accept(stream).await.unwrap();
+            let stream = self.tls.acceptor().accept(stream).await?;
+            let certificate = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
             let pending = Link::accept(stream, self.link).await.unwrap();
             let hello = pending.hello().clone();
             let granted = vec![hello.node_claim.clone(), "192.168.7.7".to_owned(), "10.0.0.0/8".to_owned()];
             let welcome = Welcome { version: 1, heartbeat_ms: 1000, granted, ..Welcome::default() };
-            GatewayLink::new(pending.welcome(welcome).unwrap(), hello)
+            Ok(GatewayLink::new(pending.welcome(welcome).unwrap(), hello, certificate))
         };
         timeout(LIMIT, accept).await.expect("no edge came")
     }
 
     /// One connection that gets as far as TLS, which may fail.
-    pub(crate) async fn handshake_only(&self) -> std::io::Result<()> {
+    pub(crate) async fn handshake_only(&self) -> io::Result<()> {
         let (stream, _) = self.listener.accept().await?;
         self.tls.acceptor().accept(stream).await.map(drop)
     }
@@ -145,20 +205,27 @@ impl Gateway {
 pub(crate) struct GatewayLink {
     pub(crate) handle: LinkHandle,
     pub(crate) hello: Hello,
+    /// What the edge showed.
+    pub(crate) certificate: Vec<u8>,
+    /// What the edge asked for.
+    pub(crate) drain: Arc<Mutex<Option<Drain>>>,
     pub(crate) ended: AbortOnDropHandle<LinkError>,
 }
 
 impl GatewayLink {
-    fn new(mut link: Link, hello: Hello) -> Self {
-        let handle = link.handle();
+    fn new(mut link: Link, hello: Hello, certificate: Vec<u8>) -> Self {
+        let (handle, drain) = (link.handle(), Arc::new(Mutex::new(None)));
+        let drained = drain.clone();
         let run = async move {
             loop {
-                if let LinkEvent::Closed(error) = link.next().await {
-                    return error;
+                match link.next().await {
+                    LinkEvent::Closed(error) => return error,
+                    LinkEvent::Draining(drain) => *drained.lock().unwrap() = Some(drain),
+                    _ => {}
                 }
             }
         };
-        Self { handle, hello, ended: AbortOnDropHandle::new(tokio::spawn(run)) }
+        Self { handle, hello, certificate, drain, ended: AbortOnDropHandle::new(tokio::spawn(run)) }
     }
 }
 
@@ -200,12 +267,14 @@ pub(crate) fn config(tls: Files, gateways: &[SocketAddr], allow: &[String]) -> C
         link: LinkConfig::default(),
         backoff: Backoff {
             min: Duration::from_millis(5),
+            outage_max: Duration::from_millis(50),
             max: Duration::from_millis(50),
             reset_after: Duration::from_secs(5),
         },
         drain_timeout: LIMIT,
         admin: None,
         log: LogConfig { format: LogFormat::Text, filter: LogFilter::parse("info").unwrap() },
+        reload_period: Duration::from_millis(20),
     }
 }
 

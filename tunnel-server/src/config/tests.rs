@@ -176,6 +176,86 @@ fn missing_files_are_named_for_each_side() {
     assert!(problems[1].starts_with("ingress: cannot read b.crt: "), "{problems:?}");
 }
 
+const KUBECONFIG: &str = "
+apiVersion: v1
+kind: Config
+current-context: main
+contexts: [{name: main, context: {cluster: c, user: u}}]
+clusters: [{name: c, cluster: {server: 'https://192.0.2.1:6443'}}]
+users: [{name: u, user: {exec: {apiVersion: client.authentication.k8s.io/v1, command: touch, args: [RAN]}}}]
+";
+
+/// What `check-config` says of a kubeconfig.
+fn problem_of(kubeconfig: &str) -> Option<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kubeconfig");
+    fs::write(&path, kubeconfig.replace("RAN", folder.path().join("ran").to_str().unwrap())).unwrap();
+    let config = load(NEEDED, &["--kubernetes-kubeconfig", path.to_str().unwrap()]).unwrap();
+    let problems = config.check_files().unwrap_err();
+    assert!(!folder.path().join("ran").exists(), "a credential plugin was run");
+    let problem = problems.into_iter().find(|problem| problem.starts_with("kubernetes."));
+    problem.map(|problem| problem.replace(folder.path().to_str().unwrap(), "DIR"))
+}
+
+#[test]
+fn the_cluster_is_reached_as_the_setting_says() {
+    assert_eq!(load_with("").unwrap().cluster, None);
+    for (text, expected) in [
+        ("none", None),
+        ("in-cluster", Some(Access::InCluster)),
+        ("/etc/kube.conf", Some(Access::Kubeconfig("/etc/kube.conf".into()))),
+    ] {
+        let config = load_with(&format!("kubernetes: {{kubeconfig: {text}}}")).unwrap();
+        assert_eq!(config.cluster, expected);
+    }
+    let problems = load_with("kubernetes: {kubeconfig: ' '}").unwrap_err();
+    assert!(problems.contains("\" \" is not none, in-cluster or the path of a kubeconfig"), "{problems}");
+}
+
+#[test]
+fn a_kubeconfig_is_checked_without_contact() {
+    assert_eq!(problem_of(KUBECONFIG), None);
+    let change = |from: &str, to: &str| {
+        assert!(KUBECONFIG.contains(from));
+        problem_of(&KUBECONFIG.replace(from, to)).unwrap()
+    };
+    for (from, to, says) in [
+        ("current-context: main", "", "failed to determine current context"),
+        ("current-context: main", "current-context: other", "failed to load current context: other"),
+        ("contexts: [", "contexts: {", "failed to parse kubeconfig YAML"),
+        ("server: 'https://192.0.2.1:6443'", "insecure-skip-tls-verify: false", "cluster url is missing"),
+        ("https://192.0.2.1:6443", "192.0.2.1:6443", "\"192.0.2.1:6443\" is no URL such as https://"),
+        (
+            "cluster: {server",
+            "cluster: {proxy-url: 'http://proxy:1', server",
+            "has a proxy-url, which is not supported",
+        ),
+        (
+            "cluster: {server",
+            "cluster: {certificate-authority: ca.crt, server",
+            "failed to read file '\"DIR/ca.crt\"'",
+        ),
+        ("user: {exec", "user: {client-certificate: a.crt, client-key: a.key, exec", "\"DIR/a.crt\""),
+        ("user: {exec", "user: {tokenFile: token, exec", "DIR/token"),
+    ] {
+        let problem = change(from, to);
+        assert!(problem.starts_with("kubernetes.kubeconfig: DIR/kubeconfig"), "{problem}");
+        assert!(problem.contains(says), "{problem}\n{says}");
+    }
+    let config = load(NEEDED, &["--kubernetes-kubeconfig", "/nowhere/kubeconfig"]).unwrap();
+    let problems = config.check_files().unwrap_err();
+    let problem = problems.last().unwrap();
+    assert!(problem.contains("failed to read kubeconfig from '\"/nowhere/kubeconfig\"'"), "{problem}");
+    // The tests run in no pod.
+    let config = load(NEEDED, &["--kubernetes-kubeconfig", "in-cluster"]).unwrap();
+    let problems = config.check_files().unwrap_err();
+    let problem = problems.last().unwrap();
+    assert!(
+        problem.starts_with("kubernetes.kubeconfig: in-cluster: this process does not run in a pod"),
+        "{problem}"
+    );
+}
+
 /// Kubernetes sets such variables for every Service: one named like the binary must not configure it.
 #[test]
 fn no_variable_is_one_that_a_service_sets() {

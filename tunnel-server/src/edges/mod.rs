@@ -10,27 +10,30 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior, interval_at, sleep_until},
+};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use tunnel_core::{
-    GatewayId, InstanceId, Leg, Link, LinkConfig, LinkError, LinkEvent, NodeId, PendingLink,
-    identity::{IdentityError, node_from_certificate},
+    GatewayId, InstanceId, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId, PendingLink,
+    identity::{IdentityError, node_from_certificate, validity_of_certificate},
     proto::{
         ALPN_EDGE,
         control::choose_version,
-        messages::{Hello, Reject, RejectCode, Welcome},
+        messages::{Hello, Reject, RejectCode, Update, Welcome},
     },
     tls::{Domain, ServerTls},
 };
 
 use self::registry::{Place, Registry};
 use crate::{
-    grants::SharedGrants,
+    grants::{Grants, SharedGrants},
     listener::{PeerAddr, handshake, say_farewell},
     metrics::Metrics,
 };
@@ -39,6 +42,8 @@ use crate::{
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// An edge whose credential is wrong needs a person.
 const RETRY_AFTER_REPAIR: Duration = Duration::from_secs(60);
+/// The longest that a timer is set for: some certificates are valid for longer than timers can run.
+const LONGEST_TIMER: Duration = Duration::from_secs(24 * 3600);
 
 /// What the door needs to know.
 #[derive(Clone, Debug)]
@@ -82,6 +87,19 @@ struct Session {
     instance: InstanceId,
     peer: PeerAddr,
     id: String,
+    /// What the edge was told that it serves.
+    told: Vec<String>,
+    grants: watch::Receiver<Arc<Grants>>,
+    expiry: Expiry,
+}
+
+/// The end of the certificate that an edge proved itself by.
+#[derive(Clone, Copy, Debug)]
+struct Expiry {
+    /// As the certificate has it.
+    not_after: SystemTime,
+    /// By the clock that timers follow. `None`: farther away than that clock can count.
+    at: Option<Instant>,
 }
 
 impl EdgeDoor {
@@ -117,7 +135,7 @@ impl EdgeDoor {
             warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of edges");
             return say_farewell(conn).await;
         }
-        let identity = identity(&conn);
+        let (identity, expiry) = (identity(&conn), expiry(&conn));
         let pending = match Link::accept(conn, self.settings.link).await {
             Ok(pending) => pending,
             Err(error) => {
@@ -127,7 +145,7 @@ impl EdgeDoor {
             }
         };
         match self.admit(identity, pending.hello()) {
-            Ok(admitted) => self.hold(pending, admitted, peer).await,
+            Ok(admitted) => self.hold(pending, admitted, expiry, peer).await,
             Err(reject) => self.reject(pending, reject, peer).await,
         }
     }
@@ -167,11 +185,13 @@ impl EdgeDoor {
     }
 
     /// Welcomes the edge, registers its link, and holds it until it ends.
-    async fn hold(&self, pending: PendingLink, admitted: Admitted, peer: PeerAddr) {
+    async fn hold(&self, pending: PendingLink, admitted: Admitted, expiry: Expiry, peer: PeerAddr) {
         let Admitted { node, instance, version, place } = admitted;
         let software = pending.hello().software.clone();
         let id = self.session_id();
-        let link = match pending.welcome(self.welcome(&node, version, &id)) {
+        let mut grants = self.grants.subscribe();
+        let told = granted(&grants.borrow_and_update(), &node);
+        let link = match pending.welcome(self.welcome(told.clone(), version, &id)) {
             Ok(link) => link,
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
@@ -182,7 +202,7 @@ impl EdgeDoor {
         let registration = self.registry.register(place, node.clone(), instance.clone(), link.handle());
         info!(%node, %instance, %peer, session = id, software, "link up");
         let up_since = Instant::now();
-        let mut session = Session { link, node, instance, peer, id };
+        let mut session = Session { link, node, instance, peer, id, told, grants, expiry };
         let end = self.until_closed(&mut session).await;
         drop(registration);
         self.metrics.link_closed(end.label());
@@ -194,9 +214,7 @@ impl EdgeDoor {
         format!("{}-{}", self.settings.gateway_id, self.sessions.fetch_add(1, Relaxed))
     }
 
-    fn welcome(&self, node: &NodeId, version: u32, session_id: &str) -> Welcome {
-        let mut granted = vec![node.to_string()];
-        granted.extend(self.grants.load().of(node).map(ToString::to_string));
+    fn welcome(&self, granted: Vec<String>, version: u32, session_id: &str) -> Welcome {
         Welcome {
             version,
             gateway_id: self.settings.gateway_id.to_string(),
@@ -215,8 +233,10 @@ impl EdgeDoor {
         sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut told_to_drain, mut told_to_close) = (false, false);
         loop {
+            let expires = session.expiry.timer();
             tokio::select! {
-                // What happened to the link is true already; then what the gateway wants; measuring can wait.
+                // What happened to the link is true already; then what the gateway wants, its ends first; measuring can
+                // wait.
                 biased;
                 event = session.link.next() => match event {
                     LinkEvent::Closed(error) => return error,
@@ -234,6 +254,11 @@ impl EdgeDoor {
                     told_to_drain = true;
                     handle.drain(self.settings.drain_timeout, "the gateway is about to leave");
                 }
+                () = sleep_until(expires), if !told_to_close => if session.expiry.is_over() {
+                    told_to_close = true;
+                    session.expire(&handle);
+                },
+                Ok(()) = session.grants.changed() => session.tell_grants(&handle),
                 _ = sample.tick() => {
                     if let Some(rtt) = handle.rtt() {
                         self.metrics.round_trip(rtt.last);
@@ -242,6 +267,63 @@ impl EdgeDoor {
             }
         }
     }
+}
+
+impl Session {
+    /// The edge's certificate is over: a link must not outlive what it was let in by. A new one takes a new certificate.
+    fn expire(&self, handle: &LinkHandle) {
+        let text = format!(
+            "the certificate of node {} expired at {}; the agent must connect with a new one",
+            self.node,
+            humantime::format_rfc3339_seconds(self.expiry.not_after)
+        );
+        warn!(node = %self.node, session = self.id, "{text}");
+        // The drain carries the words to the edge; a close has none.
+        handle.drain(Duration::ZERO, &text);
+        handle.close(&text);
+    }
+
+    /// Tells the edge what it serves, if that has changed.
+    fn tell_grants(&mut self, handle: &LinkHandle) {
+        let granted = granted(&self.grants.borrow_and_update(), &self.node);
+        if granted != self.told {
+            self.told.clone_from(&granted);
+            handle.update(Update { granted, ..Update::default() });
+        }
+    }
+}
+
+impl Expiry {
+    /// `now` is the time of day.
+    fn new(not_after: SystemTime, now: SystemTime) -> Self {
+        // That second is still within, so that whoever ends with it is not let in once more.
+        let left = not_after.duration_since(now).map_or(Duration::ZERO, |left| left + Duration::from_secs(1));
+        Self { not_after, at: Instant::now().checked_add(left) }
+    }
+
+    /// When to look again whether it is over.
+    fn timer(self) -> Instant {
+        let longest = Instant::now() + LONGEST_TIMER;
+        self.at.map_or(longest, |at| at.min(longest))
+    }
+
+    fn is_over(self) -> bool {
+        self.at.is_some_and(|at| Instant::now() >= at)
+    }
+}
+
+/// What a node serves, as its edge is told.
+fn granted(grants: &Grants, node: &NodeId) -> Vec<String> {
+    let own_name = std::iter::once(node.to_string());
+    own_name.chain(grants.of(node).map(ToString::to_string)).collect()
+}
+
+/// When the certificate of a verified client ends. One that cannot be read names no node, and is refused for that.
+fn expiry<C>(conn: &TlsStream<C>) -> Expiry {
+    let certificate = conn.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let validity = certificate.and_then(|certificate| validity_of_certificate(certificate).ok());
+    let now = SystemTime::now();
+    Expiry::new(validity.map_or(now, |validity| validity.not_after), now)
 }
 
 fn identity<C>(conn: &TlsStream<C>) -> Result<NodeId, IdentityError> {
@@ -267,5 +349,25 @@ fn reject_label(code: RejectCode) -> &'static str {
         RejectCode::Overloaded => "overloaded",
         RejectCode::Draining => "draining",
         RejectCode::Malformed => "malformed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_is_looked_at_daily_and_ends_with_its_certificate() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        let (day, begun) = (Duration::from_secs(86_400), Instant::now());
+        let far = Expiry::new(now + 3 * day / 2, now);
+        assert_eq!(far.at, Some(begun + 3 * day / 2 + Duration::from_secs(1)));
+        sleep_until(far.timer()).await;
+        assert_eq!((begun.elapsed(), far.is_over()), (day, false));
+        sleep_until(far.timer()).await;
+        assert!(far.is_over() && begun.elapsed() >= 3 * day / 2, "{:?}", begun.elapsed());
+        assert!(Expiry::new(now - day, now).is_over());
+        let never = Expiry { not_after: now, at: None };
+        assert!(!never.is_over() && never.timer() == Instant::now() + day);
     }
 }

@@ -13,6 +13,7 @@
 //! | 502 | the host is granted to several nodes: the caller can mend it by naming one | `destination_not_found` |
 //! | 502 | the edge failed otherwise | `proxy_internal_error` |
 //! | 503 | the node is offline, its link was lost, it drains, or this gateway does | `destination_unavailable` |
+//! | 503 | the host is unknown, but the nodes have not been read from the cluster yet | `destination_unavailable` |
 //! | 503 | the link or the edge is full | `connection_limit_reached` |
 //! | 504 | the target was not connected in time | `connection_timeout` |
 //!
@@ -107,6 +108,7 @@ fn route_kind(error: &RouteError) -> Kind {
     use RouteError as E;
     match error {
         E::NoSuchNode { .. } => kind(StatusCode::NOT_FOUND, "destination_not_found", "no_such_node"),
+        E::NodesUnread { .. } => unavailable("destination_unavailable", "nodes_unread", 5),
         E::Ambiguous { .. } => kind(StatusCode::BAD_GATEWAY, "destination_not_found", "ambiguous"),
         E::Offline { .. } => unavailable("destination_unavailable", "offline", 5),
         E::Draining { .. } => unavailable("destination_unavailable", "draining", 1),
@@ -224,6 +226,7 @@ mod tests {
         let (target, timeout) = ("edge-a:1".parse().unwrap(), Duration::from_secs(1));
         let mut all = vec![
             (RouteError::NoSuchNode { host: host() }, 404, "destination_not_found"),
+            (RouteError::NodesUnread { host: host(), cause: text() }, 503, "destination_unavailable"),
             (RouteError::Ambiguous { host: host(), nodes: vec![node()] }, 502, "destination_not_found"),
             (RouteError::Offline { node: node(), last_seen: None }, 503, "destination_unavailable"),
             (RouteError::Draining { node: node() }, 503, "destination_unavailable"),

@@ -5,7 +5,6 @@ mod http2;
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
-use arc_swap::ArcSwap;
 use tokio::{io::DuplexStream, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{InstanceId, LinkConfig, proto::messages::RefusalCode};
@@ -13,7 +12,7 @@ use tunnel_core::{InstanceId, LinkConfig, proto::messages::RefusalCode};
 use super::{Ingress, IngressSettings, is_sane_id, is_traceparent};
 use crate::{
     edges::registry::{LinkLimits, Registration, Registry},
-    grants::Grants,
+    grants::{Grants, SharedGrants},
     listener::PeerAddr,
     route::Router,
     testing::{TestLeg, TestLink, metrics, node},
@@ -56,8 +55,7 @@ impl Site {
         change(&mut settings);
         let grants: Grants = grants.iter().map(|(name, what)| (node(name), what.parse().unwrap())).collect();
         let registry = Registry::new(LinkLimits { total: 4, per_node: 4 }, metrics());
-        let router =
-            Router::new(registry.clone(), Arc::new(ArcSwap::from_pointee(grants)), DIAL_TIMEOUT, MAX_STREAMS);
+        let router = Router::new(registry.clone(), SharedGrants::new(grants), DIAL_TIMEOUT, MAX_STREAMS);
         let (draining, stopping) = (CancellationToken::new(), CancellationToken::new());
         let ingress = Ingress::new(settings, router, metrics(), draining.clone(), stopping.clone());
         let edge = TestLink::with(link).await;

@@ -1,176 +1,25 @@
-//! A whole gateway on real sockets: whom its doors let in, and how it leaves. The links' other ends are the tests' own.
+//! A whole gateway on real sockets: whom its doors let in, what a cluster's nodes are granted, and how it leaves. The
+//! links' other ends are the tests' own.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, net::SocketAddr, path::Path, time::Duration};
+mod cluster;
+mod rig;
 
-use prometheus_client::{encoding::text::encode, registry::Registry};
-use rustls::pki_types::ServerName;
-use tempfile::TempDir;
+use std::time::Duration;
+
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UnixStream},
-    task::JoinHandle,
-    time::{Instant, timeout},
+    net::{TcpStream, UnixStream},
+    time::timeout,
 };
-use tokio_rustls::client::TlsStream;
-use tokio_util::sync::CancellationToken;
 use tunnel_core::{
-    ConnectError, Link, LinkConfig, LinkError, LinkEvent, PendingStream, TunnelStream,
-    proto::messages::{Hello, Reject, RejectCode, Welcome},
-    tls::{ClientTls, Domain, Files, ServerTls},
+    ConnectError, LinkError, LinkEvent,
+    proto::messages::{Hello, RejectCode},
+    tls::Domain,
 };
-use tunnel_server::{
-    Gateway, GatewaySettings, Grants, LinkLimits, UnixDoor,
-    pki::{AltName, Authority, Profile, Validity},
-};
+use tunnel_server::{Grants, LinkLimits, pki::Validity};
 
-const PATIENCE: Duration = Duration::from_secs(10);
-const CONNECT: &[u8] = b"CONNECT edge-a:10250 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
-const CONNECTED: &[u8] = b"HTTP/1.1 200 OK\r\n\r\n";
-
-/// A gateway that runs, and the credentials of everyone who may want to get in.
-struct Running {
-    edges: SocketAddr,
-    ingress: SocketAddr,
-    folder: TempDir,
-    metrics: Registry,
-    shutdown: CancellationToken,
-    task: JoinHandle<()>,
-}
-
-fn write(folder: &Path, name: &str, authority: &Authority, profile: &Profile) -> Files {
-    let issued = authority.issue(profile, Validity::lasting(Duration::from_secs(3600))).unwrap();
-    let file = |kind: &str, text: &str| {
-        let path = folder.join(format!("{}-{name}.{kind}", authority.domain()));
-        fs::write(&path, text).unwrap();
-        path
-    };
-    Files {
-        cert: file("crt", &issued.cert_pem),
-        key: file("key", &issued.key_pem),
-        ca: file("ca", authority.cert_pem()),
-    }
-}
-
-fn files(folder: &Path, domain: Domain, name: &str) -> Files {
-    let file = |kind: &str| folder.join(format!("{domain}-{name}.{kind}"));
-    Files { cert: file("crt"), key: file("key"), ca: file("ca") }
-}
-
-async fn start(change: impl FnOnce(&mut GatewaySettings)) -> Running {
-    let folder = tempfile::tempdir().unwrap();
-    for domain in [Domain::Edge, Domain::ControlPlane] {
-        let authority = Authority::new(domain, Validity::lasting(Duration::from_secs(3600))).unwrap();
-        let names = vec![AltName::Dns("localhost".to_owned())];
-        let gateway = Profile::Gateway { name: "gw-1".parse().unwrap(), names };
-        write(folder.path(), "gateway", &authority, &gateway);
-        if domain == Domain::Edge {
-            for node in ["edge-a", "edge-b"] {
-                write(folder.path(), node, &authority, &Profile::Edge { node: node.parse().unwrap() });
-            }
-        } else {
-            let client = Profile::Client { name: "kube-apiserver".to_owned() };
-            write(folder.path(), "client", &authority, &client);
-        }
-    }
-    let mut settings = GatewaySettings::new("gw-1".parse().unwrap());
-    change(&mut settings);
-    let mut metrics = Registry::default();
-    let mut gateway = Gateway::new(settings, &mut metrics);
-    let tls = |domain| ServerTls::load(domain, files(folder.path(), domain, "gateway")).unwrap();
-    let (edges, ingress) = (listener().await, listener().await);
-    let (edges_at, ingress_at) = (edges.local_addr().unwrap(), ingress.local_addr().unwrap());
-    gateway.serve_edges(edges, tls(Domain::Edge));
-    gateway.serve_ingress(ingress, tls(Domain::ControlPlane));
-    gateway.serve_ingress_plain(UnixDoor::bind(&folder.path().join("door.sock"), 0o600).unwrap());
-    let shutdown = CancellationToken::new();
-    let task = tokio::spawn(gateway.run(shutdown.clone()));
-    Running { edges: edges_at, ingress: ingress_at, folder, metrics, shutdown, task }
-}
-
-async fn listener() -> TcpListener {
-    TcpListener::bind("127.0.0.1:0").await.unwrap()
-}
-
-fn hello(claim: &str, instance: &str) -> Hello {
-    Hello {
-        min_version: 1,
-        max_version: 1,
-        node_claim: claim.to_owned(),
-        instance_id: instance.to_owned(),
-        ..Hello::default()
-    }
-}
-
-impl Running {
-    fn client(&self, domain: Domain, name: &str) -> ClientTls {
-        ClientTls::load(domain, files(self.folder.path(), domain, name)).unwrap()
-    }
-
-    async fn tls(
-        &self,
-        address: SocketAddr,
-        client: &ClientTls,
-        protocols: &[&[u8]],
-    ) -> TlsStream<TcpStream> {
-        let tcp = TcpStream::connect(address).await.unwrap();
-        let connector = client.connector_offering(protocols);
-        connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap()
-    }
-
-    async fn link(&self, name: &str, hello: Hello) -> Result<(Link, Welcome), ConnectError> {
-        let client = self.client(Domain::Edge, name);
-        let conn = self.tls(self.edges, &client, &[b"edge-tunnel/1"]).await;
-        timeout(PATIENCE, Link::connect(conn, hello, LinkConfig::default())).await.unwrap()
-    }
-
-    async fn rejected(&self, name: &str, hello: Hello) -> Reject {
-        match self.link(name, hello).await {
-            Err(ConnectError::Rejected(reject)) => reject,
-            other => panic!("not rejected: {other:?}"),
-        }
-    }
-
-    fn metrics(&self) -> String {
-        let mut text = String::new();
-        encode(&mut text, &self.metrics).unwrap();
-        text
-    }
-
-    /// Waits until a line of the metrics is there.
-    async fn measured(&self, line: &str) {
-        let looking = async {
-            while !self.metrics().lines().any(|known| known == line) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let found = timeout(PATIENCE, looking).await;
-        assert!(found.is_ok(), "no {line:?} in\n{}", self.metrics());
-    }
-
-    /// A connected stream: the client's side, and the edge's.
-    async fn connected(&self, link: &mut Link) -> (TlsStream<TcpStream>, TunnelStream) {
-        let client = self.client(Domain::ControlPlane, "client");
-        let mut conn = self.tls(self.ingress, &client, &[]).await;
-        conn.write_all(CONNECT).await.unwrap();
-        let edge = pending(link).await.accept("127.0.0.1:10250".to_owned()).await.unwrap();
-        let mut head = [0; CONNECTED.len()];
-        conn.read_exact(&mut head).await.unwrap();
-        assert_eq!(head, CONNECTED);
-        (conn, edge)
-    }
-}
-
-async fn pending(link: &mut Link) -> PendingStream {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match link.next().await {
-            LinkEvent::Stream(incoming) => return incoming.header(deadline).await.unwrap(),
-            LinkEvent::Closed(error) => panic!("the link ended: {error}"),
-            _ => {}
-        }
-    }
-}
+use crate::rig::{CONNECT, PATIENCE, hello, pending, start};
 
 #[tokio::test]
 async fn a_node_is_who_its_certificate_says() {
@@ -325,4 +174,31 @@ async fn a_drain_does_not_wait_for_ever() {
     assert!(client.read(&mut [0; 1]).await.is_err());
     assert!(edge.read(&mut [0; 1]).await.is_err());
     timeout(PATIENCE, running.task).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_link_does_not_outlive_its_certificate() {
+    let running = start(|_| {}).await;
+    running.issue("brief", "edge-b", Validity::lasting(Duration::from_secs(4)));
+    // Farther away than a timer can be set.
+    running.issue("long", "edge-a", Validity::lasting(Duration::from_secs(200 * 365 * 86_400)));
+    let (mut long, _) = running.link("long", hello("edge-a", "i1")).await.unwrap();
+    let (mut brief, _) = running.link("brief", hello("edge-b", "i2")).await.unwrap();
+    let mut told = String::new();
+    let ended = async {
+        loop {
+            match brief.next().await {
+                LinkEvent::Draining(drain) => told = drain.reason,
+                LinkEvent::Closed(error) => return error,
+                _ => {}
+            }
+        }
+    };
+    let error = timeout(PATIENCE, ended).await.unwrap();
+    assert!(matches!(error, LinkError::ClosedByPeer), "{error}");
+    assert!(told.starts_with("the certificate of node edge-b expired at 20"), "{told}");
+    assert!(told.ends_with("Z; the agent must connect with a new one"), "{told}");
+    let (_client, _edge) = running.connected(&mut long).await;
+    let reject = running.link("brief", hello("edge-b", "i3")).await;
+    assert!(reject.is_err(), "an expired certificate was let in");
 }

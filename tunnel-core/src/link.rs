@@ -98,6 +98,9 @@ pub enum LinkError {
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Broken(String),
+    /// The far side's TLS refused this side. In TLS 1.3 a client learns only so that its certificate is no good.
+    #[error("the connection broke: {0}")]
+    TlsRefused(String),
     /// The control stream's rules were broken, or it fell silent.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -116,6 +119,7 @@ impl LinkError {
             Self::ClosedByPeer => "closed_by_peer",
             Self::ClosedHere(_) => "closed_here",
             Self::Broken(_) => "broken",
+            Self::TlsRefused(_) => "refused_by_peer",
             Self::Control(ControlError::Silent { .. }) => "silent",
             Self::Control(ControlError::HandshakeTimeout) => "handshake_timeout",
             Self::Control(_) | Self::Frame(_) | Self::Protocol(_) => "protocol",
@@ -127,6 +131,9 @@ impl From<MuxError> for LinkError {
     fn from(error: MuxError) -> Self {
         match error {
             MuxError::ClosedByPeer => Self::ClosedByPeer,
+            MuxError::Io(error) if crate::tls::is_refusal(&error) => {
+                Self::TlsRefused(crate::tls::explain(&error))
+            }
             MuxError::Io(error) => Self::Broken(crate::tls::explain(&error)),
             MuxError::Protocol(text) => Self::Protocol(text),
         }

@@ -354,6 +354,11 @@ pub fn label(error: &io::Error) -> &'static str {
     }
 }
 
+/// Whether the far side has refused this side with an alert.
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
+    matches!(tls_error(error), Some(rustls::Error::AlertReceived(_)))
+}
+
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref().and_then(|inner| inner.downcast_ref())
 }

@@ -231,7 +231,12 @@ impl<N: Network> Agent<N> {
                     self.rotate();
                     let delay = self.delay_after_failure(&failure);
                     debug!(delay_ms = delay.as_millis(), "waiting before the next attempt");
-                    sleep(delay).await;
+                    tokio::select! {
+                        // Another certificate may be just what was missing.
+                        biased;
+                        Ok(()) = self.in_use.changed() => {}
+                        () = sleep(delay) => {}
+                    }
                 }
             }
         }

@@ -85,6 +85,8 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     let lasted_s = begun.elapsed().as_secs();
     if drain.leaving {
         info!(gateway, cause = %end, lasted_s, streams = streams.len(), "link closed");
+    } else if streams.is_empty() {
+        warn!(gateway, cause = %end, lasted_s, "link lost");
     } else {
         warn!(gateway, cause = %end, lasted_s, streams = streams.len(), "link lost, and its streams with it");
     }

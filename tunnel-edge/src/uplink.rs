@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 use tunnel_core::{
-    ConnectError, Host, Link, LinkConfig, Target,
+    ConnectError, Host, Link, LinkConfig, LinkError, Target,
     proto::{
         ALPN_EDGE, clean_text,
         messages::{Hello, RejectCode, Welcome},
@@ -64,7 +64,7 @@ pub(crate) enum UplinkError {
     Dial(#[from] DialError),
     /// The proxy cannot be used, or did not let this side through.
     #[error("the HTTP proxy {proxy} {text}")]
-    Proxy { proxy: String, text: String },
+    Proxy { proxy: String, text: String, lasting: bool },
     /// No TLS connection came about.
     #[error("TLS failed: {text}")]
     Tls { label: &'static str, text: String },
@@ -112,12 +112,14 @@ impl UplinkError {
     /// gateway is away, or a load balancer has none behind it.
     pub(crate) fn needs_a_person(&self) -> bool {
         match self {
-            Self::Dial(_) | Self::TimedOut { .. } | Self::Link(ConnectError::Link(_)) => false,
+            Self::Dial(_) | Self::TimedOut { .. } => false,
+            Self::Proxy { lasting, .. } => *lasting,
+            Self::Link(ConnectError::Link(error)) => matches!(error, LinkError::TlsRefused(_)),
             Self::Tls { label, .. } => !matches!(*label, "closed" | "io"),
             Self::Link(ConnectError::Rejected(reject)) => {
                 !matches!(reject.code(), RejectCode::Draining | RejectCode::Overloaded)
             }
-            Self::Proxy { .. } | Self::ServerName(_) | Self::Alpn => true,
+            Self::ServerName(_) | Self::Alpn => true,
         }
     }
 
@@ -167,7 +169,7 @@ impl Uplink {
         };
         let proxy = Proxy::new(&proxy)?;
         let dial = network.connect(&proxy.address.host, proxy.address.port);
-        let failed = |error: DialError| proxy.error(format!("cannot be reached: {error}"));
+        let failed = |error: DialError| proxy.outage(format!("cannot be reached: {error}"));
         let connection = limit.hold("a connection to the proxy", dial).await?.map_err(failed)?;
         let tunnel = limit.hold("the proxy's answer", proxy.open_tunnel(connection, address)).await??;
         self.handshake(&tls, tunnel, gateway, hello, &limit).await
@@ -231,7 +233,8 @@ struct Proxy<'a> {
 impl<'a> Proxy<'a> {
     fn new(intercept: &'a Intercept) -> Result<Self, UplinkError> {
         let uri = intercept.uri();
-        let unusable = |text: &str| UplinkError::Proxy { proxy: uri.to_string(), text: text.to_owned() };
+        let unusable =
+            |text: &str| UplinkError::Proxy { proxy: uri.to_string(), text: text.to_owned(), lasting: true };
         if uri.scheme_str() != Some("http") {
             return Err(unusable("is of a kind that is not supported: use http://HOST:PORT"));
         }
@@ -240,8 +243,14 @@ impl<'a> Proxy<'a> {
         Ok(Self { address: Target { host, port: uri.port_u16().unwrap_or(80) }, intercept })
     }
 
-    fn error(&self, text: String) -> UplinkError {
-        UplinkError::Proxy { proxy: self.address.to_string(), text }
+    /// What may be over soon.
+    fn outage(&self, text: String) -> UplinkError {
+        UplinkError::Proxy { proxy: self.address.to_string(), text, lasting: false }
+    }
+
+    /// What stays so until somebody changes something.
+    fn refusal(&self, text: String) -> UplinkError {
+        UplinkError::Proxy { proxy: self.address.to_string(), text, lasting: true }
     }
 
     /// Asks the proxy for a connection to `gateway`. Bytes behind the head of its answer stay in the reader.
@@ -249,15 +258,19 @@ impl<'a> Proxy<'a> {
     where
         T: AsyncRead + AsyncWrite + Send + Unpin,
     {
-        let broke = |error: io::Error| self.error(format!("broke the connection: {error}"));
+        let broke = |error: io::Error| self.outage(format!("broke the connection: {error}"));
         let mut connection = BufReader::with_capacity(PROXY_BUFFER, connection);
         connection.write_all(&self.request(gateway)).await.map_err(broke)?;
         connection.flush().await.map_err(broke)?;
         let head = read_head(&mut connection).await.map_err(broke)?;
-        let (status, line) = parse_head(&head).map_err(|text| self.error(text))?;
+        let (status, line) = parse_head(&head).map_err(|text| self.refusal(text))?;
         if (200..300).contains(&status) {
             return Ok(connection);
         }
+        Err(self.denial(gateway, status, &line))
+    }
+
+    fn denial(&self, gateway: &Target, status: u16, line: &str) -> UplinkError {
         let hint = match status {
             407 => ": put the user and password into its URL, http://USER:PASSWORD@HOST:PORT",
             403 | 405 => {
@@ -265,7 +278,9 @@ impl<'a> Proxy<'a> {
             }
             _ => "",
         };
-        Err(self.error(format!("answered CONNECT {gateway} with \"{line}\"{hint}")))
+        let text = format!("answered CONNECT {gateway} with \"{line}\"{hint}");
+        // A proxy says 502, 503 or 504 while the gateway is away.
+        if status >= 500 { self.outage(text) } else { self.refusal(text) }
     }
 
     fn request(&self, gateway: &Target) -> Vec<u8> {
@@ -310,4 +325,50 @@ fn parse_head(head: &[u8]) -> Result<(u16, String), String> {
     };
     let line = format!("{status} {}", response.reason.unwrap_or_default());
     Ok((status, clean_text(line.trim_end())))
+}
+
+#[cfg(test)]
+mod tests {
+    use tunnel_core::proto::messages::Reject;
+
+    use super::*;
+
+    fn rejected(code: RejectCode) -> UplinkError {
+        ConnectError::Rejected(Reject { code: code.into(), ..Reject::default() }).into()
+    }
+
+    #[test]
+    fn an_outage_is_told_from_what_a_person_must_repair() {
+        let proxies = Proxies::new(&ProxyChoice::Http(ProxyUrl {
+            address: "proxy.example:3128".parse().unwrap(),
+            credentials: None,
+        }));
+        let gateway: Target = "gateway.example:8443".parse().unwrap();
+        let intercept = proxies.proxy_for(&gateway).unwrap();
+        let proxy = Proxy::new(&intercept).unwrap();
+        let tls = |label| UplinkError::Tls { label, text: String::new() };
+        for outage in [
+            UplinkError::Dial(DialError::Refused),
+            UplinkError::TimedOut { after: Duration::ZERO, step: "" },
+            ConnectError::Link(LinkError::ClosedByPeer).into(),
+            rejected(RejectCode::Draining),
+            rejected(RejectCode::Overloaded),
+            proxy.denial(&gateway, 503, "503 Service Unavailable"),
+            tls("closed"),
+            tls("io"),
+        ] {
+            assert!(!outage.needs_a_person(), "{outage:?}");
+        }
+        for fault in [
+            ConnectError::Link(LinkError::TlsRefused(String::new())).into(),
+            rejected(RejectCode::Identity),
+            rejected(RejectCode::Version),
+            proxy.denial(&gateway, 407, "407 Proxy Authentication Required"),
+            tls("unknown_ca"),
+            tls("expired"),
+            UplinkError::Alpn,
+        ] {
+            assert!(fault.needs_a_person(), "{fault:?}");
+        }
+    }
 }

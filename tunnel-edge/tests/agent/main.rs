@@ -153,6 +153,9 @@ async fn a_gateway_that_does_not_trust_the_certificate_is_named_as_the_cause() {
         () = refuse => {}
         () = told => {}
     }
+    // Not as a connection that broke: this does not pass by itself, and is not tried as often.
+    let refused = "tunnel_edge_connect_failures_total{cause=\"refused_by_peer\"}";
+    assert!(running.metric(refused) > 0);
 }
 
 #[tokio::test]

@@ -15,10 +15,7 @@
 //!   shutdown, at any point: every link is told to drain, and run() returns when all have ended
 //! ```
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
@@ -93,8 +90,6 @@ struct Complaint {
 struct Fresh {
     link: Link,
     welcome: Welcome,
-    /// When the certificate expires that it was made with.
-    expires: Option<SystemTime>,
 }
 
 /// A link that streams come over now.
@@ -215,14 +210,14 @@ impl<N: Network> Agent<N> {
     async fn establish(&mut self) -> Fresh {
         loop {
             // Seen before the attempt, which uses them as they are now: a change during it is another change.
-            let expires = self.in_use.borrow_and_update().map(|validity| validity.not_after);
+            self.in_use.mark_unchanged();
             let hello = self.hello();
             let gateway = &mut self.gateways[self.next];
             debug!(gateway = %gateway.destination.address, "connecting");
             match self.uplink.connect(self.dialing.network(), &gateway.destination, hello).await {
                 Ok((link, welcome)) => {
                     gateway.complaint = None;
-                    return Fresh { link, welcome, expires };
+                    return Fresh { link, welcome };
                 }
                 Err(failure) => {
                     gateway.complain(&failure);
@@ -267,7 +262,7 @@ impl<N: Network> Agent<N> {
 
     /// Starts to serve a link.
     fn hold(&mut self, fresh: Fresh, links: &mut JoinSet<()>, shutdown: &CancellationToken) -> Held {
-        let Fresh { link, welcome, expires } = fresh;
+        let Fresh { link, welcome } = fresh;
         // Those that have ended by now are not kept.
         while links.try_join_next().is_some() {}
         let gateway = self.gateways[self.next].destination.address.to_string();
@@ -281,7 +276,6 @@ impl<N: Network> Agent<N> {
             phase: sender,
             shutdown: shutdown.clone(),
             retire: retire.clone(),
-            expires,
             drain_timeout: self.config.drain_timeout,
             up: self.status.link_up(&self.metrics),
             metrics: self.metrics.clone(),

@@ -5,11 +5,7 @@
 //! An end by drain goes in this order: no new streams; running ones finish; at the deadline the rest is stopped, which
 //! tells the far side why; only then the link is closed.
 
-use std::{
-    pin::pin,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -37,6 +33,8 @@ use crate::{
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// Streams that the gateway sent before it knew of the newer link have this long to arrive.
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
+/// How long streams may run on over a link that a newer one has replaced.
+const RETIREMENT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often the link's round-trip time goes into the metrics.
 const RTT_PERIOD: Duration = Duration::from_secs(5);
 
@@ -61,8 +59,6 @@ pub(crate) struct Serving<N: Network> {
     pub(crate) shutdown: CancellationToken,
     /// Cancelled when there is a newer link.
     pub(crate) retire: CancellationToken,
-    /// When the certificate expires that the link was made with, as far as it is known.
-    pub(crate) expires: Option<SystemTime>,
     pub(crate) drain_timeout: Duration,
     pub(crate) up: LinkUp,
     pub(crate) metrics: Metrics,
@@ -183,19 +179,16 @@ impl<N: Network> Session<N> {
     }
 
     /// There is a newer link. What runs over this one, such as the following of a log, is not to be cut because a
-    /// certificate was rotated: it has until the old certificate expires, when a gateway ends the link anyway.
+    /// certificate was rotated: it goes on to its own end. kube-apiserver's connections to a kubelet may well last for weeks.
     fn retire(&mut self) {
-        let valid_for = self.serving.expires.and_then(|at| at.duration_since(SystemTime::now()).ok());
-        let time_left = valid_for.unwrap_or_default().max(self.serving.drain_timeout);
         info!(
             gateway = self.serving.gateway,
             streams = self.streams.len(),
-            deadline_s = time_left.as_secs(),
             "a newer link takes over; this one ends with its last stream"
         );
         self.serving.up.retires();
         self.serving.phase.send_replace(Phase::Draining);
-        self.drain_within(time_left, "the edge has a newer link");
+        self.drain_within(RETIREMENT, "the edge has a newer link");
     }
 
     fn drain_within(&mut self, timeout: Duration, reason: &str) {

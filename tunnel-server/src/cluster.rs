@@ -10,16 +10,22 @@ mod nodes;
 
 use std::{collections::BTreeSet, pin::pin, time::Duration};
 
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use kube::{
     Api,
-    runtime::watcher::{self, DefaultBackoff, Event, watcher},
+    runtime::{
+        utils::Backoff,
+        watcher::{self, DefaultBackoff, Event, watcher},
+    },
 };
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, instrument::WithSubscriber, subscriber::NoSubscriber, warn};
 
 pub use self::access::{Access, AccessError};
-use self::nodes::{Dropped, Node, Nodes};
+use self::{
+    access::Clients,
+    nodes::{Dropped, Node, Nodes},
+};
 use crate::{
     grants::{Grants, SharedGrants},
     metrics::Metrics,
@@ -29,6 +35,8 @@ use crate::{
 const WATCH_SECONDS: u32 = 60;
 /// At most one new table in this time: a burst of changes becomes one.
 const PUBLISH_PERIOD: Duration = Duration::from_millis(100);
+/// A watch that lasts this long after its list is a success. One that is cut sooner may be cut again and again.
+const HOLD: Duration = Duration::from_secs(10);
 /// If the backoff should ever run out.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Different causes of one outage that are logged; and lines that are logged for one new table.
@@ -36,7 +44,7 @@ const MAX_LINES: usize = 16;
 
 /// Keeps `grants` in step with the cluster.
 pub(crate) struct ClusterWatch {
-    access: Access,
+    clients: Clients,
     configured: Grants,
     grants: SharedGrants,
     metrics: Metrics,
@@ -46,10 +54,15 @@ pub(crate) struct ClusterWatch {
     /// Nodes have changed, and when a table of that may be published.
     due: Option<Instant>,
     published: Option<Instant>,
+    backoff: DefaultBackoff,
+    /// All nodes were listed, and when that counts as a success.
+    holds_at: Option<Instant>,
     /// What the log says of the table in force.
     dropped: BTreeSet<Dropped>,
     /// What the log says of the outage that lasts.
     causes: BTreeSet<String>,
+    /// The log says that the nodes were lost, after they had been read.
+    lost: bool,
 }
 
 impl ClusterWatch {
@@ -57,7 +70,7 @@ impl ClusterWatch {
     pub(crate) fn new(access: Access, configured: Grants, grants: SharedGrants, metrics: Metrics) -> Self {
         grants.replace(configured.clone().without_nodes_yet("the gateway has just started".to_owned()));
         Self {
-            access,
+            clients: Clients::new(access),
             configured,
             grants,
             metrics,
@@ -65,45 +78,68 @@ impl ClusterWatch {
             complete: false,
             due: None,
             published: None,
+            backoff: DefaultBackoff::default(),
+            holds_at: None,
             dropped: BTreeSet::new(),
             causes: BTreeSet::new(),
+            lost: false,
         }
     }
 
     /// Watches for ever. Dropping the future ends it.
     pub(crate) async fn run(mut self) {
-        let mut backoff = DefaultBackoff::default();
         loop {
-            let lost = self.follow().await;
-            self.metrics.cluster_in_sync.set(0);
-            if self.due.is_some() {
-                self.publish();
-            }
-            self.report(&lost);
-            sleep(backoff.next().unwrap_or(LONGEST_PAUSE)).await;
+            let lost = self.watch().await;
+            sleep(self.pause(&lost)).await;
         }
     }
 
     /// Lists all nodes and watches them, until that fails.
-    async fn follow(&mut self) -> Lost {
-        let client = match self.access.client().await {
+    async fn watch(&mut self) -> Lost {
+        let client = match self.clients.next().await {
             Ok(client) => client,
-            Err(error) => return Lost::Failed(error.to_string()),
+            Err(error) => return Lost::failed(&error.to_string()),
         };
         let config = watcher::Config::default().timeout(WATCH_SECONDS);
-        let mut events = pin!(watcher(Api::<Node>::all(client), config));
+        self.follow(watcher(Api::<Node>::all(client), config)).await
+    }
+
+    async fn follow(&mut self, events: impl Stream<Item = Result<Event<Node>, watcher::Error>>) -> Lost {
+        let mut events = pin!(events);
         loop {
             tokio::select! {
-                // A table that is due goes first, so that a flood of events cannot hold it back.
+                // What is due goes first, so that a flood of events cannot hold it back.
                 biased;
                 () = sleep_until(self.due.unwrap_or_else(Instant::now)), if self.due.is_some() => self.publish(),
+                () = sleep_until(self.holds_at.unwrap_or_else(Instant::now)), if self.holds_at.is_some() => self.hold(),
                 // kube would log every failure again, at each retry: `report` does it once.
                 event = events.next().with_subscriber(NoSubscriber::new()) => match event {
                     Some(Ok(event)) => self.apply(event),
                     Some(Err(error)) => return Lost::by(&error),
-                    None => return Lost::Failed("the watch has ended".to_owned()),
+                    None => return Lost::failed("the watch has ended"),
                 }
             }
+        }
+    }
+
+    /// After a watch: how long until the next.
+    fn pause(&mut self, lost: &Lost) -> Duration {
+        self.metrics.cluster_in_sync.set(0);
+        self.holds_at = None;
+        if self.due.is_some() {
+            self.publish();
+        }
+        self.report(lost);
+        self.backoff.next().unwrap_or(LONGEST_PAUSE)
+    }
+
+    /// The watch has lasted: whatever was wrong is over.
+    fn hold(&mut self) {
+        self.holds_at = None;
+        self.backoff.reset();
+        self.causes.clear();
+        if std::mem::take(&mut self.lost) {
+            info!(nodes = self.nodes.count(), "the cluster's nodes are read again");
         }
     }
 
@@ -112,10 +148,7 @@ impl ClusterWatch {
         let changed = self.nodes.apply(event);
         if listed {
             self.metrics.cluster_in_sync.set(1);
-            if !self.causes.is_empty() {
-                self.causes.clear();
-                info!(nodes = self.nodes.count(), "the cluster's nodes are read again");
-            }
+            self.holds_at = Some(Instant::now() + HOLD);
         }
         if changed || (listed && !self.complete) {
             let now = Instant::now();
@@ -124,7 +157,7 @@ impl ClusterWatch {
         }
         if listed && !self.complete {
             self.complete = true;
-            info!(nodes = self.nodes.count(), access = %self.access, "the nodes have been read from the cluster");
+            info!(nodes = self.nodes.count(), access = %self.clients.access(), "the nodes have been read from the cluster");
         }
     }
 
@@ -156,8 +189,10 @@ impl ClusterWatch {
             self.grants.replace(self.configured.clone().without_nodes_yet(cause.clone()));
         }
         if self.causes.len() < MAX_LINES && self.causes.insert(cause.clone()) {
+            self.lost = self.complete;
+            let server = self.clients.server();
             let state = if self.complete { "what is known of them stays" } else { "none is known yet" };
-            warn!(access = %self.access, cause, state, "the nodes cannot be read from the cluster; trying again");
+            warn!(access = %self.clients.access(), server, cause, state, "the nodes cannot be read from the cluster; trying again");
         }
     }
 }
@@ -176,16 +211,21 @@ impl Lost {
         match error {
             E::WatchError(status) if status.code == 410 => Self::Outdated,
             E::WatchStartFailed(kube::Error::Api(status)) if status.code == 410 => Self::Outdated,
-            E::WatchError(status) => Self::Failed(format!(
+            E::WatchError(status) => Self::failed(&format!(
                 "the API server ends the watch with {}: {}",
                 status.code, status.message
             )),
             E::InitialListFailed(error) | E::WatchStartFailed(error) | E::WatchFailed(error) => {
-                Self::Failed(access::causes(error))
+                Self::failed(&access::causes(error))
             }
-            E::NoResourceVersion => {
-                Self::Failed("the API server's answer has no resource version".to_owned())
-            }
+            E::NoResourceVersion => Self::failed("the API server's answer has no resource version"),
         }
     }
+
+    fn failed(cause: &str) -> Self {
+        Self::Failed(access::shorten(cause))
+    }
 }
+
+#[cfg(test)]
+mod tests;

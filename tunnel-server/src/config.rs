@@ -62,9 +62,11 @@ settings_group! {
         key: Option<PathBuf>,
         /// PEM file with the CA certificates that edges' client certificates must come from.
         client_ca: Option<PathBuf>,
-        /// Links at one time, all nodes together. More are refused.
+        /// Links at one time, all nodes together. More are refused, but for one more of each node that has a link: an edge
+        /// makes its new link before it drains the old one.
         max_links: usize = "10000",
-        /// Links at one time of any one node.
+        /// Links at one time of any one node, without those that its edge drains; with these, four times as many. The
+        /// oldest is closed when there would be more.
         max_links_per_node: usize = "4",
         /// How long a new connection has to become a link: TLS, Hello and Welcome.
         handshake_timeout: Duration = "10s",
@@ -264,6 +266,7 @@ impl Settings {
         self.check_ranges(problems);
         self.check_listeners(problems);
         grant::check(&self.gateway.grants, problems);
+        grant::check_sizes(&self.gateway.grants, problems);
         let gateway_id = self.gateway_id(problems);
         let edges = self.edges(problems);
         let ingress = self.ingress(problems);

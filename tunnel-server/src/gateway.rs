@@ -10,7 +10,7 @@ use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::{
     sync::Semaphore,
     task::JoinSet,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -31,6 +31,9 @@ use crate::{
 
 /// How often the credentials' files are looked at.
 const RELOAD_PERIOD: Duration = Duration::from_secs(10);
+/// How long after its start a gateway is not ready while it does not know the cluster's nodes. Not longer: were the API
+/// server away, no gateway at all would be ready, although nodes are reached by their names without it.
+const NODES_AWAITED: Duration = Duration::from_secs(10);
 /// How long aborted streams and closed links may take to say their last words.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -108,6 +111,8 @@ pub struct Gateway {
     edge_doors: Vec<Task>,
     credentials: Vec<ServerTls>,
     cluster: Option<Task>,
+    /// Until when the cluster's nodes are waited for.
+    nodes_awaited: Option<Instant>,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -129,15 +134,23 @@ struct Stages {
 
 /// Tells whether a gateway takes new work. Cheap to clone; outlives the gateway.
 #[derive(Clone, Debug)]
-pub struct Readiness(CancellationToken);
+pub struct Readiness {
+    draining: CancellationToken,
+    grants: SharedGrants,
+    nodes_awaited: Option<Instant>,
+}
 
 impl Readiness {
     /// Why not, in one line.
     pub fn check(&self) -> Result<(), String> {
-        if self.0.is_cancelled() {
-            Err("draining: this gateway is about to leave".to_owned())
-        } else {
-            Ok(())
+        if self.draining.is_cancelled() {
+            return Err("draining: this gateway is about to leave".to_owned());
+        }
+        match self.grants.load().unread() {
+            Some(cause) if self.nodes_awaited.is_some_and(|until| Instant::now() < until) => {
+                Err(format!("the nodes have not been read from the cluster yet: {cause}"))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -173,6 +186,7 @@ impl Gateway {
             edge_doors: Vec::new(),
             credentials: Vec::new(),
             cluster: None,
+            nodes_awaited: None,
         }
     }
 
@@ -215,11 +229,16 @@ impl Gateway {
         let (configured, grants) = (self.settings.grants.clone(), self.grants.clone());
         let watch = ClusterWatch::new(access, configured, grants, self.metrics.clone());
         self.cluster = Some(Box::pin(watch.run()));
+        self.nodes_awaited = Some(Instant::now() + NODES_AWAITED);
     }
 
     /// Whether it takes new work, as long as it runs.
     pub fn readiness(&self) -> Readiness {
-        Readiness(self.stages.draining.clone())
+        Readiness {
+            draining: self.stages.draining.clone(),
+            grants: self.grants.clone(),
+            nodes_awaited: self.nodes_awaited,
+        }
     }
 
     /// Serves until `shutdown`, then drains and returns; see the module's text.
@@ -256,7 +275,10 @@ impl Gateway {
             () = reload => {}
             () = watched => {}
         }
-        cluster.shutdown().await;
+        // It may be stuck in a credential plugin, which kube runs in the task itself to renew a token.
+        if timeout(LAST_WORDS, cluster.shutdown()).await.is_err() {
+            warn!("the watch of the nodes did not end in time, and is left behind");
+        }
     }
 }
 
@@ -335,5 +357,33 @@ async fn reload_credentials(credentials: &[ServerTls]) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gateway_waits_for_the_nodes_but_not_for_ever() {
+        let gateway =
+            || Gateway::new(GatewaySettings::new("gw-1".parse().unwrap()), &mut MetricsRegistry::default());
+        assert_eq!(gateway().readiness().check(), Ok(()));
+        let mut gateway = gateway();
+        gateway.watch_cluster(Access::Kubeconfig("/nowhere".into()));
+        let readiness = gateway.readiness();
+        let unread = |cause: &str| Err(format!("the nodes have not been read from the cluster yet: {cause}"));
+        assert_eq!(readiness.check(), unread("the gateway has just started"));
+        gateway.grants.replace(Grants::default().without_nodes_yet("it is away".to_owned()));
+        assert_eq!(readiness.check(), unread("it is away"));
+        gateway.grants.replace(Grants::default());
+        assert_eq!(readiness.check(), Ok(()));
+        gateway.grants.replace(Grants::default().without_nodes_yet("it is away".to_owned()));
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert_eq!(readiness.check(), unread("it is away"));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(readiness.check(), Ok(()));
+        gateway.stages.draining.cancel();
+        assert!(readiness.check().unwrap_err().starts_with("draining"));
     }
 }

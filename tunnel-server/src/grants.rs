@@ -189,15 +189,32 @@ impl Grants {
     /// uses the same addresses, whenever the first is offline. For the same reason only exact grants count while nodes
     /// are still to come: one of those may hold the address that a network or the default route would catch.
     pub(crate) fn holder(&self, host: &Host) -> Holder {
-        let exact = self.holders.get(&Identifier::Host(host.clone()));
-        if self.unread.is_some() {
-            return Holder::of(exact);
+        let by_default = || self.holders.get(&Identifier::DefaultRoute).filter(|_| self.unread.is_none());
+        Holder::of(self.granted_to(host).or_else(by_default))
+    }
+
+    /// Who serves `host` if there is a node of that very name: this node, unless another is granted it other than by
+    /// default. Nobody while nodes are still to come, one of which may hold it, unless an exact grant tells.
+    pub(crate) fn holder_beside(&self, host: &Host, namesake: NodeId) -> Holder {
+        let granted = self.granted_to(host);
+        if granted.is_none() && self.unread.is_some() {
+            return Holder::None;
         }
+        let mut nodes = granted.cloned().unwrap_or_default();
+        nodes.insert(namesake);
+        Holder::of(Some(&nodes))
+    }
+
+    /// Those to whom `host` or a network around it is granted.
+    fn granted_to(&self, host: &Host) -> Option<&BTreeSet<NodeId>> {
+        let exact = self.holders.get(&Identifier::Host(host.clone()));
         let network = || match host {
-            Host::Ip(address) => self.networks_around((*address).into()).next().map(|(_, nodes)| nodes),
-            Host::Name(_) => None,
+            Host::Ip(address) if self.unread.is_none() => {
+                self.networks_around((*address).into()).next().map(|(_, nodes)| nodes)
+            }
+            _ => None,
         };
-        Holder::of(exact.or_else(network).or_else(|| self.holders.get(&Identifier::DefaultRoute)))
+        exact.or_else(network)
     }
 
     /// The networks that `network` is or lies in, the longest first, with those who have a right to each.
@@ -293,6 +310,34 @@ mod tests {
         assert_eq!(holder(&early, "10.1.2.4"), Holder::None);
         assert_eq!(holder(&early, "name"), Holder::None);
         assert!(early.knows(&node("wide")));
+    }
+
+    #[test]
+    fn a_node_that_is_named_like_an_address_serves_it_if_nobody_else_may() {
+        let all = grants(&[
+            ("a", "10.0.0.1"),
+            ("10.0.0.2", "10.0.0.2"),
+            ("10.0.0.3", "10.0.0.3"),
+            ("b", "10.0.0.3"),
+            ("c", "10.9.0.0/16"),
+            ("10.9.0.2", "10.9.0.2"),
+            ("any", "default-route"),
+        ]);
+        let early = all.clone().without_nodes_yet("why".to_owned());
+        let beside = |table: &Grants, name: &str| table.holder_beside(&name.parse().unwrap(), node(name));
+        let both = |other: &str, name: &str| Holder::Several(vec![node(name), node(other)]);
+        for (name, expected) in [
+            ("10.0.0.1", both("a", "10.0.0.1")),
+            ("10.0.0.2", Holder::One(node("10.0.0.2"))),
+            ("10.0.0.3", both("b", "10.0.0.3")),
+        ] {
+            assert_eq!((beside(&all, name), beside(&early, name)), (expected.clone(), expected), "{name}");
+        }
+        assert_eq!(beside(&all, "10.9.0.1"), both("c", "10.9.0.1"));
+        assert_eq!(beside(&all, "10.9.0.2"), Holder::One(node("10.9.0.2")));
+        assert_eq!(beside(&all, "10.0.0.4"), Holder::One(node("10.0.0.4")));
+        // A node that is still to come may hold it.
+        assert_eq!(beside(&early, "10.0.0.4"), Holder::None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use prometheus_client::registry::Registry as MetricsRegistry;
@@ -26,6 +27,9 @@ use crate::{
     gateway::{Gateway, GatewaySettings},
     listener::UnixDoor,
 };
+
+/// How long blocking work may take to end when nobody waits for it any more: a credential plugin may hang for ever.
+const LAST_WORK: Duration = Duration::from_secs(1);
 
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +107,9 @@ impl fmt::Debug for BoundGateway {
 pub fn run(config: &Config) -> Result<ExitCode, StartError> {
     log::init(&config.log)?;
     let runtime = tokio::runtime::Runtime::new().map_err(StartError::Setup)?;
-    runtime.block_on(serve(config))
+    let ended = runtime.block_on(serve(config));
+    runtime.shutdown_timeout(LAST_WORK);
+    ended
 }
 
 async fn serve(config: &Config) -> Result<ExitCode, StartError> {

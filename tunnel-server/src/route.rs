@@ -57,7 +57,7 @@ pub(crate) enum RouteError {
     #[error("{host} is not known yet: the nodes have not been read from the cluster ({cause})")]
     NodesUnread { host: Host, cause: String },
     /// More than one node serves this host.
-    #[error("{host} is granted to more than one node ({}): ask for the node by its name", Names(nodes))]
+    #[error("{}", Shared(host, nodes))]
     Ambiguous { host: Host, nodes: Vec<NodeId> },
     /// The node has no link.
     #[error("node {node} has no link to this gateway; {}", LastSeen(*last_seen))]
@@ -97,6 +97,29 @@ impl fmt::Display for Said<'_> {
             write!(f, "node {node}: ")?;
         }
         f.write_str(text)
+    }
+}
+
+/// A host that more than one node has a right to, and how to reach the one that is meant.
+struct Shared<'a>(&'a Host, &'a [NodeId]);
+
+impl fmt::Display for Shared<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(host, nodes) = self;
+        let name = host.to_string();
+        if !nodes.iter().any(|node| node.as_str() == name) {
+            return write!(
+                f,
+                "{host} is granted to more than one node ({}): ask for the node by its name",
+                Names(nodes)
+            );
+        }
+        write!(
+            f,
+            "{host} is the name of one node and granted to another ({}): ask for the other by its own name, or have \
+             the configuration grant {host} to the node of that name alone",
+            Names(nodes)
+        )
     }
 }
 
@@ -204,19 +227,22 @@ impl Router {
         }
     }
 
-    /// A node's own name goes before everything that is granted, even while the node is offline.
+    /// A node's own name goes before everything that is granted, even while the node is offline. But not a name that
+    /// looks like an address: whoever gets a certificate for one would take the streams of the node that has the address.
     fn node_of(&self, host: &Host) -> Result<NodeId, RouteError> {
         let grants = self.grants.load();
         let name = match host {
             Host::Ip(address) => address.to_string(),
             Host::Name(name) => name.clone(),
         };
-        if let Ok(node) = name.parse::<NodeId>()
-            && (grants.knows(&node) || !matches!(self.registry.lookup(&node), Lookup::Unknown))
-        {
-            return Ok(node);
-        }
-        match grants.holder(host) {
+        let is_there =
+            |node: &NodeId| grants.knows(node) || !matches!(self.registry.lookup(node), Lookup::Unknown);
+        let holder = match (name.parse().ok().filter(is_there), host) {
+            (Some(node), Host::Name(_)) => return Ok(node),
+            (Some(node), Host::Ip(_)) => grants.holder_beside(host, node),
+            (None, _) => grants.holder(host),
+        };
+        match holder {
             Holder::One(node) => Ok(node),
             Holder::Several(nodes) => Err(RouteError::Ambiguous { host: host.clone(), nodes }),
             Holder::None => Err(match grants.unread() {

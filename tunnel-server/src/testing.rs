@@ -1,9 +1,10 @@
-//! What the tests of this crate share: links without sockets, legs that remember how they ended.
+//! What the tests of this crate share: links without sockets, legs that remember how they ended, the log.
 
 use std::{
+    fmt::{self, Write as _},
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,6 +16,12 @@ use tokio::{
     sync::Notify,
     task::JoinHandle,
     time::Instant,
+};
+use tracing::{
+    Dispatch, Event, Level, Metadata, Subscriber,
+    field::{Field, Visit},
+    span,
+    subscriber::DefaultGuard,
 };
 use tunnel_core::{
     Aborted, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId, PendingStream,
@@ -127,5 +134,66 @@ impl AsyncWrite for TestLeg {
 impl Leg for TestLeg {
     fn abort(&mut self, reason: &Aborted) {
         self.aborted.lock().get_or_insert_with(|| reason.clone());
+    }
+}
+
+/// What this thread logs, until dropped.
+pub(crate) struct Log {
+    lines: Lines,
+    _guard: DefaultGuard,
+}
+
+type Lines = Arc<Mutex<Vec<(Level, String)>>>;
+
+impl Log {
+    pub(crate) fn start() -> Self {
+        // With only one subscriber around, whichever thread comes to a line of code first decides for all threads whether
+        // it is logged. This one makes two.
+        static SECOND: OnceLock<Dispatch> = OnceLock::new();
+        SECOND.get_or_init(|| Dispatch::new(Recorder(Lines::default())));
+        let lines = Lines::default();
+        let guard = tracing::subscriber::set_default(Recorder(lines.clone()));
+        Self { lines, _guard: guard }
+    }
+
+    /// The lines of this level in which these words are.
+    pub(crate) fn lines(&self, level: Level, words: &str) -> Vec<String> {
+        let lines = self.lines.lock();
+        let wanted = lines.iter().filter(|(of, line)| *of == level && line.contains(words));
+        wanted.map(|(_, line)| line.clone()).collect()
+    }
+}
+
+struct Recorder(Lines);
+
+impl Subscriber for Recorder {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut line = Line(String::new());
+        event.record(&mut line);
+        self.0.lock().push((*event.metadata().level(), line.0));
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        write!(self.0, "{}={value:?} ", field.name()).unwrap();
     }
 }

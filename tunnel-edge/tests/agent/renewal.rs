@@ -69,8 +69,6 @@ async fn a_rotated_certificate_gets_a_new_link_while_streams_run_on_over_the_old
         old.handle.peer_draining()
     })
     .await;
-    let deadline = old.drain.lock().unwrap().take().unwrap().deadline_ms;
-    assert!((3_500_000..=3_600_000).contains(&deadline), "{deadline} ms: not the old certificate's hour");
     assert!(!new.handle.peer_draining());
     assert_eq!((running.metric("tunnel_edge_links"), expiry_metric(&running)), (2, expiry(&second)));
 
@@ -151,10 +149,10 @@ async fn a_renewal_that_fails_is_tried_again_and_the_old_link_serves_meanwhile()
 }
 
 #[tokio::test]
-async fn streams_of_the_old_link_are_stopped_when_its_certificate_expires() {
+async fn streams_of_the_old_link_outlive_its_certificate() {
     let (pki, (target, _echo)) = (Pki::new(), echo().await);
     let gateway = Gateway::bind(pki.gateway()).await;
-    let short = pki.kubelet_pem("edge-a", Duration::from_secs(5));
+    let short = pki.kubelet_pem("edge-a", Duration::from_secs(3));
     let mut config = edge(&pki, &gateway, &short);
     config.drain_timeout = Duration::from_millis(10);
     let running = Running::start(config);
@@ -162,8 +160,10 @@ async fn streams_of_the_old_link_are_stopped_when_its_certificate_expires() {
     let (mut stream, _) = open(&old, &format!("edge-a:{}", target.port())).await.unwrap();
     pki.rotate(&pki.kubelet_pem("edge-a", HOUR));
     let _new = gateway.accept().await;
-    assert_eq!(end_of(&mut stream).await, AbortCode::Drained);
-    assert!(SystemTime::now() >= expiry(&short));
+    until("the old certificate has expired", || SystemTime::now() > expiry(&short) + Duration::from_secs(1))
+        .await;
+    round_trip(&mut stream, b"over the old link").await;
+    finish(stream).await;
     timeout(LIMIT, old.ended).await.unwrap().unwrap();
     running.status.ready().unwrap();
 }

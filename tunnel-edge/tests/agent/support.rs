@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
     Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest,
-    proto::messages::{Drain, Hello, Welcome},
+    proto::messages::{Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -207,25 +207,20 @@ pub(crate) struct GatewayLink {
     pub(crate) hello: Hello,
     /// What the edge showed.
     pub(crate) certificate: Vec<u8>,
-    /// What the edge asked for.
-    pub(crate) drain: Arc<Mutex<Option<Drain>>>,
     pub(crate) ended: AbortOnDropHandle<LinkError>,
 }
 
 impl GatewayLink {
     fn new(mut link: Link, hello: Hello, certificate: Vec<u8>) -> Self {
-        let (handle, drain) = (link.handle(), Arc::new(Mutex::new(None)));
-        let drained = drain.clone();
+        let handle = link.handle();
         let run = async move {
             loop {
-                match link.next().await {
-                    LinkEvent::Closed(error) => return error,
-                    LinkEvent::Draining(drain) => *drained.lock().unwrap() = Some(drain),
-                    _ => {}
+                if let LinkEvent::Closed(error) = link.next().await {
+                    return error;
                 }
             }
         };
-        Self { handle, hello, certificate, drain, ended: AbortOnDropHandle::new(tokio::spawn(run)) }
+        Self { handle, hello, certificate, ended: AbortOnDropHandle::new(tokio::spawn(run)) }
     }
 }
 

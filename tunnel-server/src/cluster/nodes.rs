@@ -3,13 +3,14 @@
 //!
 //! The addresses in a node's status are written by its own kubelet, so each is a claim, and a node that was taken over
 //! claims what it likes; so is a pod network, where no controller assigns them. A claim must never draw a stream that is
-//! meant for another node: where the configuration or a node's name speaks against it, it is dropped; where the claims of
-//! two nodes meet, routing refuses and names both. So a bad node can make an address unusable, but never its own.
+//! meant for another node: where the configuration speaks against it, it is dropped; where the claims of two nodes meet,
+//! or one is another's name, routing refuses and names both. So a bad node can make an address unusable, but never its
+//! own. Names in a status count for nothing, since no claim of another would speak against that of a Service's name.
 
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
@@ -23,6 +24,18 @@ use crate::grants::{Grants, Identifier};
 /// Addresses and pod networks of one node that are heeded. A real node has a handful; the list must fit in one message
 /// to its edge.
 const MAX_OF_NODE: usize = 64;
+/// What means something else at every machine is nobody's: this host, this link, all hosts.
+const NOBODYS: [IpNet; 9] = [
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 32),
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::LOCALHOST), 8),
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0)), 16),
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(224, 0, 0, 0)), 4),
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::BROADCAST), 32),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 128),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)), 10),
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0)), 8),
+];
 /// A network with a shorter prefix is no node's pod network, but next to a default route.
 const MIN_PREFIX: u8 = 8;
 
@@ -52,7 +65,7 @@ struct Status {
     addresses: Option<Vec<Address>>,
 }
 
-/// An address or host name. Its type is not looked at: a `Hostname` may well be an address.
+/// An address or a host name. Its type is not looked at: a `Hostname` may well be an address.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct Address {
@@ -103,8 +116,8 @@ pub(super) enum Dropped {
         "node {node} claims {claim}, which is in the pod network {network} of {of}: requests to it are refused"
     )]
     PodNetwork { node: NodeId, claim: Identifier, network: IpNet, of: NodeId },
-    #[error("node {node} claims {claim}, which is the name of another node: not granted")]
-    OthersName { node: NodeId, claim: Identifier },
+    #[error("node {node} claims {claim}, which is the name of another node: requests to it are refused")]
+    OthersName { node: NodeId, claim: Identifier, of: NodeId },
     #[error(
         "the pod network {network} of node {node} lies in the pod network {around} of {of}: requests to it are refused"
     )]
@@ -114,7 +127,7 @@ pub(super) enum Dropped {
 /// What a node claims, as far as it is sane by itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Claims {
-    hosts: BTreeSet<Host>,
+    addresses: BTreeSet<IpAddr>,
     networks: BTreeSet<IpNet>,
     dropped: BTreeSet<Dropped>,
 }
@@ -175,22 +188,28 @@ impl Nodes {
         let mut table = configured.clone();
         for node in nodes.keys() {
             table.add_node(node.clone());
+            // A name that is an address is a right to it: routing must see it beside the claims of others.
+            if let Ok(host @ Host::Ip(_)) = node.as_str().parse() {
+                table.contest(node.clone(), Identifier::Host(host));
+            }
         }
         let networks = pod_networks(&nodes, configured, &mut dropped);
         grant_networks(&mut table, &networks, &mut dropped);
         for (node, claims) in &nodes {
-            for host in &claims.hosts {
-                match objection(node, host, configured, &networks, &table) {
+            for address in &claims.addresses {
+                match objection(node, *address, configured, &networks, &table) {
                     Some(objection) => {
-                        if let Dropped::PodNetwork { claim, of, .. } = &objection {
+                        if let Dropped::PodNetwork { claim, of, .. } | Dropped::OthersName { claim, of, .. } =
+                            &objection
+                        {
                             table.contest(node.clone(), claim.clone());
                             table.contest(of.clone(), claim.clone());
                         }
                         dropped.insert(objection);
                     }
                     // Its own name is a node's without being granted.
-                    None if host.to_string() == node.as_str() => {}
-                    None => table.grant(node.clone(), Identifier::Host(host.clone())),
+                    None if address.to_string() == node.as_str() => {}
+                    None => table.grant(node.clone(), Identifier::Host(Host::Ip(*address))),
                 }
             }
         }
@@ -212,9 +231,11 @@ fn read(node: Node) -> (String, Claims) {
         claims.dropped.insert(Dropped::TooMany { node: name.chars().take(80).collect() });
     }
     for Address { address } in addresses.into_iter().take(MAX_OF_NODE) {
-        match address.parse::<Host>().ok().filter(is_servable) {
-            Some(host) => _ = claims.hosts.insert(host),
-            None => _ = claims.dropped.insert(unusable(&address)),
+        match address.parse() {
+            Ok(Host::Ip(address)) if is_ones_own(address.into()) => _ = claims.addresses.insert(address),
+            Ok(Host::Ip(_)) => _ = claims.dropped.insert(unusable(&address)),
+            // Every node has a host name beside its addresses: no reason to warn.
+            Ok(Host::Name(_)) | Err(_) => {}
         }
     }
     for network in networks.into_iter().filter(|network| !network.is_empty()).take(MAX_OF_NODE) {
@@ -226,22 +247,14 @@ fn read(node: Node) -> (String, Claims) {
     (name, claims)
 }
 
-/// Addresses that mean something else at every machine are nobody's.
-fn is_servable(host: &Host) -> bool {
-    match host {
-        Host::Ip(address) => is_ones_own(*address),
-        Host::Name(name) => name != "localhost" && !name.ends_with(".localhost"),
-    }
-}
-
-fn is_ones_own(address: IpAddr) -> bool {
-    !(address.is_loopback() || address.is_unspecified() || address.is_multicast())
+fn is_ones_own(network: IpNet) -> bool {
+    !NOBODYS.iter().any(|nobodys| nobodys.contains(&network) || network.contains(nobodys))
 }
 
 fn is_pod_network(network: &IpNet) -> bool {
     // IPv4 addresses in IPv6 clothes would be matched as IPv4, which this network then is not.
     let mapped = matches!(network, IpNet::V6(six) if six.addr().to_ipv4_mapped().is_some());
-    network.prefix_len() >= MIN_PREFIX && is_ones_own(network.addr()) && !mapped
+    network.prefix_len() >= MIN_PREFIX && is_ones_own(*network) && !mapped
 }
 
 /// The nodes' pod networks, but for those in a network that the configuration grants to another: that is the operator's
@@ -286,29 +299,27 @@ fn grant_networks(table: &mut Grants, networks: &Grants, dropped: &mut BTreeSet<
     }
 }
 
-/// Why a node is not granted a host that it claims. `table` knows all nodes.
+/// Why a node is not granted an address that it claims. `table` knows all nodes.
 fn objection(
     node: &NodeId,
-    host: &Host,
+    address: IpAddr,
     configured: &Grants,
     networks: &Grants,
     table: &Grants,
 ) -> Option<Dropped> {
-    let claim = Identifier::Host(host.clone());
+    let claim = Identifier::Host(Host::Ip(address));
     // Node names can look like addresses.
-    let text = match host {
-        Host::Ip(address) => address.to_string(),
-        Host::Name(name) => name.clone(),
-    };
-    if text != node.as_str() && text.parse().is_ok_and(|other| table.knows(&other)) {
-        return Some(Dropped::OthersName { node: node.clone(), claim });
+    if let Ok(of) = address.to_string().parse()
+        && of != *node
+        && table.knows(&of)
+    {
+        return Some(Dropped::OthersName { node: node.clone(), claim, of });
     }
     if let Some(to) = another(node, configured.holders(&claim)) {
         let (node, granted) = (node.clone(), claim.clone());
         return Some(Dropped::Configured { node, claim, granted, to });
     }
-    let Host::Ip(address) = host else { return None };
-    let address = IpNet::from(*address);
+    let address = IpNet::from(address);
     if let Some(objection) = configured_around(node, &claim, address, configured) {
         return Some(objection);
     }

@@ -41,6 +41,10 @@ pub struct Grant {
     pub default_route: bool,
 }
 
+/// Most bytes that the grants of one node may take as text: its edge is told of them in one message, which has to hold
+/// what a cluster grants as well.
+const MAX_OF_NODE: usize = 32 * 1024;
+
 /// The keys of a grant in the file.
 const KEYS: [&str; 5] = ["node", "addresses", "cidrs", "hosts", "default_route"];
 
@@ -139,6 +143,25 @@ pub(super) fn check(grants: &Value<List<Grant>>, problems: &mut Problems) {
             }
         }
     }
+}
+
+/// Notes nodes that are granted more than their edges can be told.
+pub(super) fn check_sizes(grants: &Value<List<Grant>>, problems: &mut Problems) {
+    let table = table(grants.value.clone());
+    for node in table.nodes() {
+        let size: usize = table.of(node).map(|identifier| identifier.to_string().len()).sum();
+        let last = grants.value.iter().rfind(|(grant, _)| grant.node == *node);
+        if let Some((_, place)) = last.filter(|_| size > MAX_OF_NODE) {
+            problems.add(place.clone(), grants.spec.key(), too_much(node, size));
+        }
+    }
+}
+
+fn too_much(node: &NodeId, size: usize) -> String {
+    format!(
+        "the grants of {node} are {size} bytes long together, and its edge can be told {MAX_OF_NODE}: grant networks \
+         instead of single addresses, or the default route"
+    )
 }
 
 fn taken(what: &str, node: &NodeId, other: &NodeId, there: &impl Display) -> String {

@@ -142,6 +142,27 @@ fn what_one_node_has_no_other_can() {
 }
 
 #[test]
+fn a_nodes_grants_must_fit_into_one_message() {
+    let file = |hosts: usize| {
+        let hosts: Vec<String> =
+            (0..hosts).map(|number| format!("a{number:04}.{}", "x".repeat(58))).collect();
+        let (some, others) = hosts.split_at(hosts.len() / 2);
+        format!(
+            "grants:\n- {{node: edge-a, hosts: [{}]}}\n- {{node: edge-a, hosts: [{}]}}\n- {{node: edge-b, hosts: [b]}}\n",
+            some.join(", "),
+            others.join(", ")
+        )
+    };
+    load_with(&file(512)).unwrap();
+    let problems = load_with(&file(513)).unwrap_err();
+    assert_eq!(
+        problems,
+        "FILE:7:3: grants: the grants of edge-a are 32832 bytes long together, and its edge can be told 32768: grant \
+         networks instead of single addresses, or the default route"
+    );
+}
+
+#[test]
 fn everything_wrong_with_grants_is_said_at_once() {
     let problems = load_with(
         "grants:
@@ -237,11 +258,37 @@ fn a_kubeconfig_is_checked_without_contact() {
         ),
         ("user: {exec", "user: {client-certificate: a.crt, client-key: a.key, exec", "\"DIR/a.crt\""),
         ("user: {exec", "user: {tokenFile: token, exec", "DIR/token"),
+        ("user: u}", "user: v}", "the context \"main\" names the user \"v\", which the file does not have"),
+        (
+            "cluster: c,",
+            "cluster: d,",
+            "the context \"main\" names the cluster \"d\", which the file does not have",
+        ),
+        (
+            "user: {exec",
+            "user: {auth-provider: {name: gcp, config: {}}, exec",
+            "auth-provider, which is not supported: use exec or a token",
+        ),
+        (
+            "command: touch",
+            "command: no-such-plugin",
+            "the credential plugin \"no-such-plugin\" (exec) is no program that can be found",
+        ),
+        ("command: touch", "command: /nowhere/touch", "the credential plugin \"/nowhere/touch\" (exec)"),
+        ("command: touch", "command: ./touch", "the credential plugin \"DIR/./touch\" (exec)"),
+        // No program, but a file.
+        ("command: touch", "command: ./kubeconfig", "the credential plugin \"DIR/./kubeconfig\" (exec)"),
+        (
+            "command: touch",
+            "env: [{name: PATH, value: /nowhere}], command: touch",
+            "the credential plugin \"touch\" (exec)",
+        ),
     ] {
         let problem = change(from, to);
         assert!(problem.starts_with("kubernetes.kubeconfig: DIR/kubeconfig"), "{problem}");
         assert!(problem.contains(says), "{problem}\n{says}");
     }
+    assert_eq!(problem_of(&KUBECONFIG.replace(", user: u}", "}")), None);
     let config = load(NEEDED, &["--kubernetes-kubeconfig", "/nowhere/kubeconfig"]).unwrap();
     let problems = config.check_files().unwrap_err();
     let problem = problems.last().unwrap();

@@ -15,7 +15,7 @@ use std::{
 
 use tokio::{
     sync::watch,
-    time::{Instant, MissedTickBehavior, interval_at, sleep_until},
+    time::{Instant, MissedTickBehavior, interval_at, sleep},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ use tunnel_core::{
     tls::{Domain, ServerTls},
 };
 
-use self::registry::{Place, Registry};
+use self::registry::{Place, Registration, Registry};
 use crate::{
     grants::{Grants, SharedGrants},
     listener::{PeerAddr, handshake, say_farewell},
@@ -42,8 +42,13 @@ use crate::{
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// An edge whose credential is wrong needs a person.
 const RETRY_AFTER_REPAIR: Duration = Duration::from_secs(60);
-/// The longest that a timer is set for: some certificates are valid for longer than timers can run.
-const LONGEST_TIMER: Duration = Duration::from_secs(24 * 3600);
+/// How often the time of day is read at least. Timers do not follow it when it is set, and some stand still while the
+/// machine sleeps.
+const LONGEST_TIMER: Duration = Duration::from_secs(3600);
+/// How much of a message what an edge is told that it serves may take, in bytes. Less than fits, for what else is in it.
+const MAX_TOLD: usize = 32 * 1024;
+/// What the wire format needs for a text beside its bytes.
+const TEXT_OVERHEAD: usize = 4;
 
 /// What the door needs to know.
 #[derive(Clone, Debug)]
@@ -89,6 +94,8 @@ struct Session {
     id: String,
     /// What the edge was told that it serves.
     told: Vec<String>,
+    /// That it was not told all has been logged.
+    said_left_out: bool,
     grants: watch::Receiver<Arc<Grants>>,
     expiry: Expiry,
 }
@@ -98,8 +105,8 @@ struct Session {
 struct Expiry {
     /// As the certificate has it.
     not_after: SystemTime,
-    /// By the clock that timers follow. `None`: farther away than that clock can count.
-    at: Option<Instant>,
+    /// The time of day.
+    clock: fn() -> SystemTime,
 }
 
 impl EdgeDoor {
@@ -179,7 +186,7 @@ impl EdgeDoor {
         })?;
         let place = self
             .registry
-            .place()
+            .place(&node)
             .map_err(|full| reject(RejectCode::Overloaded, full.to_string(), RETRY_AFTER))?;
         Ok(Admitted { node, instance, version, place })
     }
@@ -190,7 +197,7 @@ impl EdgeDoor {
         let software = pending.hello().software.clone();
         let id = self.session_id();
         let mut grants = self.grants.subscribe();
-        let told = granted(&grants.borrow_and_update(), &node);
+        let (told, left_out) = granted(&grants.borrow_and_update(), &node);
         let link = match pending.welcome(self.welcome(told.clone(), version, &id)) {
             Ok(link) => link,
             Err(error) => {
@@ -199,11 +206,13 @@ impl EdgeDoor {
                 return;
             }
         };
-        let registration = self.registry.register(place, node.clone(), instance.clone(), link.handle());
+        let registration = self.registry.register(place, instance.clone(), link.handle());
         info!(%node, %instance, %peer, session = id, software, "link up");
         let up_since = Instant::now();
-        let mut session = Session { link, node, instance, peer, id, told, grants, expiry };
-        let end = self.until_closed(&mut session).await;
+        let mut session =
+            Session { link, node, instance, peer, id, told, said_left_out: false, grants, expiry };
+        session.say_left_out(left_out);
+        let end = self.until_closed(&mut session, &registration).await;
         drop(registration);
         self.metrics.link_closed(end.label());
         let Session { node, instance, peer, id, .. } = session;
@@ -227,20 +236,24 @@ impl EdgeDoor {
         }
     }
 
-    async fn until_closed(&self, session: &mut Session) -> LinkError {
+    async fn until_closed(&self, session: &mut Session, registration: &Registration) -> LinkError {
         let handle = session.link.handle();
         let mut sample = interval_at(Instant::now() + self.settings.heartbeat, self.settings.heartbeat);
         sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut told_to_drain, mut told_to_close) = (false, false);
+        let (mut told_to_drain, mut told_to_close, mut said_draining) = (false, false, false);
+        // The certificate is over, but the node has a link with a newer one, which says that it may go on.
+        let mut succeeded = false;
         loop {
-            let expires = session.expiry.timer();
             tokio::select! {
                 // What happened to the link is true already; then what the gateway wants, its ends first; measuring can
                 // wait.
                 biased;
                 event = session.link.next() => match event {
                     LinkEvent::Closed(error) => return error,
+                    // An edge may say it as often as it likes, but not fill the log with it.
+                    LinkEvent::Draining(_) if said_draining => {}
                     LinkEvent::Draining(drain) => {
+                        said_draining = true;
                         info!(node = %session.node, session = session.id, reason = drain.reason, "the edge drains");
                     }
                     // Edges may not open streams yet, and only gateways send updates.
@@ -254,12 +267,16 @@ impl EdgeDoor {
                     told_to_drain = true;
                     handle.drain(self.settings.drain_timeout, "the gateway is about to leave");
                 }
-                () = sleep_until(expires), if !told_to_close => if session.expiry.is_over() {
-                    told_to_close = true;
-                    session.expire(&handle);
+                () = sleep(session.expiry.timer()), if !told_to_close && !succeeded => if session.expiry.is_over() {
+                    succeeded = registration.has_successor();
+                    if !succeeded {
+                        told_to_close = true;
+                        session.expire(&handle);
+                    }
                 },
                 Ok(()) = session.grants.changed() => session.tell_grants(&handle),
                 _ = sample.tick() => {
+                    succeeded = succeeded && registration.has_successor();
                     if let Some(rtt) = handle.rtt() {
                         self.metrics.round_trip(rtt.last);
                     }
@@ -270,7 +287,7 @@ impl EdgeDoor {
 }
 
 impl Session {
-    /// The edge's certificate is over: a link must not outlive what it was let in by. A new one takes a new certificate.
+    /// The edge's certificate is over, and its node has not shown a newer one: the link ends with what it was let in by.
     fn expire(&self, handle: &LinkHandle) {
         let text = format!(
             "the certificate of node {} expired at {}; the agent must connect with a new one",
@@ -285,45 +302,65 @@ impl Session {
 
     /// Tells the edge what it serves, if that has changed.
     fn tell_grants(&mut self, handle: &LinkHandle) {
-        let granted = granted(&self.grants.borrow_and_update(), &self.node);
+        let (granted, left_out) = granted(&self.grants.borrow_and_update(), &self.node);
         if granted != self.told {
             self.told.clone_from(&granted);
             handle.update(Update { granted, ..Update::default() });
+        }
+        self.say_left_out(left_out);
+    }
+
+    /// Says once that the edge is not told all that its node serves.
+    fn say_left_out(&mut self, left_out: usize) {
+        if left_out > 0 && !self.said_left_out {
+            self.said_left_out = true;
+            warn!(node = %self.node, session = self.id, told = self.told.len(), left_out,
+                  "the node is granted more than fits in a message to its edge: requests for what is left out reach the \
+                   edge, but it does not know that they are for its own node");
         }
     }
 }
 
 impl Expiry {
-    /// `now` is the time of day.
-    fn new(not_after: SystemTime, now: SystemTime) -> Self {
-        // That second is still within, so that whoever ends with it is not let in once more.
-        let left = not_after.duration_since(now).map_or(Duration::ZERO, |left| left + Duration::from_secs(1));
-        Self { not_after, at: Instant::now().checked_add(left) }
-    }
-
-    /// When to look again whether it is over.
-    fn timer(self) -> Instant {
-        let longest = Instant::now() + LONGEST_TIMER;
-        self.at.map_or(longest, |at| at.min(longest))
+    /// How long to wait before looking again whether it is over.
+    fn timer(self) -> Duration {
+        self.left().min(LONGEST_TIMER)
     }
 
     fn is_over(self) -> bool {
-        self.at.is_some_and(|at| Instant::now() >= at)
+        self.left().is_zero()
+    }
+
+    fn left(self) -> Duration {
+        // That second is still within, so that whoever ends with it is not let in once more.
+        let end = self.not_after.checked_add(Duration::from_secs(1)).unwrap_or(self.not_after);
+        end.duration_since((self.clock)()).unwrap_or(Duration::ZERO)
     }
 }
 
-/// What a node serves, as its edge is told.
-fn granted(grants: &Grants, node: &NodeId) -> Vec<String> {
+/// What a node serves, as its edge is told: as much as fits, and how many are left out.
+fn granted(grants: &Grants, node: &NodeId) -> (Vec<String>, usize) {
     let own_name = std::iter::once(node.to_string());
-    own_name.chain(grants.of(node).map(ToString::to_string)).collect()
+    let mut size = 0;
+    let told: Vec<String> = own_name
+        .chain(grants.of(node).map(ToString::to_string))
+        .take_while(|name| {
+            size += name.len() + TEXT_OVERHEAD;
+            size <= MAX_TOLD
+        })
+        .collect();
+    let left_out = 1 + grants.of(node).count() - told.len();
+    (told, left_out)
 }
 
 /// When the certificate of a verified client ends. One that cannot be read names no node, and is refused for that.
 fn expiry<C>(conn: &TlsStream<C>) -> Expiry {
     let certificate = conn.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let validity = certificate.and_then(|certificate| validity_of_certificate(certificate).ok());
-    let now = SystemTime::now();
-    Expiry::new(validity.map_or(now, |validity| validity.not_after), now)
+    Expiry {
+        not_after: validity.map_or(SystemTime::UNIX_EPOCH, |validity| validity.not_after),
+        clock: SystemTime::now,
+    }
 }
 
 fn identity<C>(conn: &TlsStream<C>) -> Result<NodeId, IdentityError> {
@@ -354,20 +391,193 @@ fn reject_label(code: RejectCode) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::{cell::Cell, fs, net::SocketAddr};
+
+    use tokio::{
+        io::duplex,
+        task::JoinHandle,
+        time::{sleep_until, timeout},
+    };
+    use tracing::Level;
+    use tunnel_core::tls::Files;
+
     use super::*;
+    use crate::{
+        edges::registry::LinkLimits,
+        grants::Identifier,
+        pki::{AltName, Authority, Profile, Validity},
+        testing::{Log, metrics, node},
+    };
+
+    const HOUR: Duration = Duration::from_secs(3600);
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    thread_local! {
+        /// What is added to the clock of timers, which stands in for the time of day.
+        static SET_BY: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+        static BEGUN: Cell<Option<Instant>> = const { Cell::new(None) };
+    }
+
+    fn start() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000)
+    }
+
+    fn clock() -> SystemTime {
+        let begun = BEGUN.get().unwrap_or_else(Instant::now);
+        BEGUN.set(Some(begun));
+        start() + begun.elapsed() + SET_BY.get()
+    }
+
+    fn ends(not_after: SystemTime) -> Expiry {
+        Expiry { not_after, clock }
+    }
+
+    fn tls() -> ServerTls {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            fs::write(folder.path().join(name), text).unwrap();
+            folder.path().join(name)
+        };
+        let authority = Authority::new(Domain::Edge, Validity::lasting(HOUR)).unwrap();
+        let names = vec![AltName::Dns("localhost".to_owned())];
+        let gateway = Profile::Gateway { name: "gw-1".parse().unwrap(), names };
+        let issued = authority.issue(&gateway, Validity::lasting(HOUR)).unwrap();
+        let (cert, key) = (file("crt", &issued.cert_pem), file("key", &issued.key_pem));
+        ServerTls::load(Domain::Edge, Files { cert, key, ca: file("ca", authority.cert_pem()) }).unwrap()
+    }
+
+    /// A door behind its TLS, with one link to `edge-a` whose edge is the test.
+    struct Held {
+        edge: Link,
+        welcome: Welcome,
+        grants: SharedGrants,
+        served: JoinHandle<()>,
+    }
+
+    impl Held {
+        async fn up(expiry: Expiry, grants: Grants) -> Self {
+            let settings = EdgeSettings {
+                gateway_id: "gw-1".parse().unwrap(),
+                heartbeat: Duration::from_secs(10),
+                handshake_timeout: Duration::from_secs(10),
+                drain_timeout: Duration::from_secs(10),
+                link: LinkConfig::default(),
+            };
+            let registry = Registry::new(LinkLimits { total: 4, per_node: 4 }, metrics());
+            let grants = SharedGrants::new(grants);
+            let (draining, stopping) = (CancellationToken::new(), CancellationToken::new());
+            let door = EdgeDoor::new(
+                tls(),
+                settings,
+                registry.clone(),
+                grants.clone(),
+                metrics(),
+                draining,
+                stopping,
+            );
+            let (near, far) = duplex(64 * 1024);
+            let peer = PeerAddr::Ip(SocketAddr::from(([10, 0, 0, 9], 40_000)));
+            let served = tokio::spawn(async move {
+                let pending = Link::accept(far, door.settings.link).await.unwrap();
+                let identity = Ok(node("edge-a"));
+                let admitted = door.admit(identity, pending.hello()).unwrap_or_else(|no| panic!("{no:?}"));
+                door.hold(pending, admitted, expiry, peer).await;
+            });
+            let instance_id = InstanceId::from_random(1).to_string();
+            let hello = Hello { min_version: 1, max_version: 1, instance_id, ..Hello::default() };
+            let (edge, welcome) = Link::connect(near, hello, LinkConfig::default()).await.unwrap();
+            Self { edge, welcome, grants, served }
+        }
+
+        /// The edge's next update.
+        async fn updated(&mut self) -> Vec<String> {
+            match timeout(HOUR, self.edge.next()).await {
+                Ok(LinkEvent::Updated(update)) => update.granted,
+                other => panic!("no update: {other:?}"),
+            }
+        }
+
+        async fn end(self) {
+            self.edge.handle().close("test");
+            self.served.await.unwrap();
+        }
+    }
 
     #[tokio::test(start_paused = true)]
-    async fn a_link_is_looked_at_daily_and_ends_with_its_certificate() {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-        let (day, begun) = (Duration::from_secs(86_400), Instant::now());
-        let far = Expiry::new(now + 3 * day / 2, now);
-        assert_eq!(far.at, Some(begun + 3 * day / 2 + Duration::from_secs(1)));
-        sleep_until(far.timer()).await;
-        assert_eq!((begun.elapsed(), far.is_over()), (day, false));
-        sleep_until(far.timer()).await;
-        assert!(far.is_over() && begun.elapsed() >= 3 * day / 2, "{:?}", begun.elapsed());
-        assert!(Expiry::new(now - day, now).is_over());
-        let never = Expiry { not_after: now, at: None };
-        assert!(!never.is_over() && never.timer() == Instant::now() + day);
+    async fn the_end_of_a_certificate_is_looked_at_hourly_by_the_time_of_day() {
+        let (begun, end) = (Instant::now(), ends(start() + 3 * HOUR / 2));
+        assert_eq!((end.timer(), end.is_over()), (HOUR, false));
+        sleep(end.timer()).await;
+        assert_eq!((end.timer(), end.is_over()), (HOUR / 2 + Duration::from_secs(1), false));
+        // That very second is still within.
+        sleep_until(begun + 3 * HOUR / 2 + Duration::from_millis(500)).await;
+        assert!(!end.is_over());
+        sleep(end.timer()).await;
+        assert!(end.is_over());
+        // The clock was wrong: what it said before counts no more.
+        let later = ends(start() + 10 * DAY);
+        SET_BY.set(11 * DAY);
+        assert!(later.is_over());
+        SET_BY.set(5 * DAY);
+        assert_eq!((later.timer(), later.is_over()), (HOUR, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_ends_with_its_certificate_when_the_clock_was_set() {
+        let (log, mut held) = (Log::start(), Held::up(ends(start() + 30 * DAY), Grants::default()).await);
+        assert!(timeout(2 * HOUR, held.edge.next()).await.is_err(), "something happened");
+        SET_BY.set(31 * DAY);
+        timeout(HOUR, held.served).await.unwrap().unwrap();
+        assert_eq!(log.lines(Level::WARN, "the certificate of node edge-a expired at ").len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_edge_that_drains_again_and_again_is_logged_once() {
+        let log = Log::start();
+        let held = Held::up(ends(start() + DAY), Grants::default()).await;
+        for number in 0..5 {
+            held.edge.handle().drain(Duration::from_secs(30), &format!("for the {number}th time"));
+            sleep(Duration::from_secs(1)).await;
+        }
+        held.end().await;
+        let lines = log.lines(Level::INFO, "the edge drains");
+        assert!(lines.len() == 1 && lines[0].contains("for the 0th time"), "{lines:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_edge_is_told_as_much_as_fits_and_the_rest_is_logged_once() {
+        let log = Log::start();
+        let grants = |count: u32| -> Grants {
+            let address =
+                |number: u32| Identifier::Host(format!("name-{number:030}.example").parse().unwrap());
+            (0..count).map(|number| (node("edge-a"), address(number))).collect()
+        };
+        let mut held = Held::up(ends(start() + DAY), grants(10)).await;
+        assert_eq!(held.welcome.granted.len(), 11);
+        held.grants.replace(grants(20));
+        assert_eq!(held.updated().await.len(), 21);
+        assert!(log.lines(Level::WARN, "").is_empty());
+        // More than a message may hold.
+        held.grants.replace(grants(5_000));
+        let told = held.updated().await;
+        let size: usize = told.iter().map(String::len).sum();
+        assert!((MAX_TOLD * 4 / 5..=MAX_TOLD).contains(&size), "{size}");
+        assert_eq!(told[0], "edge-a");
+        // What is left out changes, what is told does not; then again what fits.
+        held.grants.replace(grants(5_001));
+        sleep(Duration::from_secs(1)).await;
+        held.grants.replace(grants(1));
+        assert_eq!(held.updated().await.len(), 2);
+        held.grants.replace(grants(5_000));
+        assert_eq!(held.updated().await, told);
+        let lines = log.lines(Level::WARN, "");
+        assert!(lines.len() == 1 && lines[0].contains("node=edge-a "), "{lines:?}");
+        assert!(lines[0].contains(&format!("left_out={} ", 5_001 - told.len())), "{lines:?}");
+        held.end().await;
+
+        let held = Held::up(ends(start() + DAY), grants(5_000)).await;
+        assert_eq!(held.welcome.granted, told);
+        assert_eq!(log.lines(Level::WARN, "").len(), 2, "another link");
+        held.end().await;
     }
 }

@@ -19,12 +19,18 @@ use crate::metrics::Metrics;
 /// Nodes without a link whose last sign of life is remembered; the one that was seen longest ago is forgotten first.
 const REMEMBERED: usize = 16 * 1024;
 
+/// Links of one node at one time, those that drain among them, by what it may have without these. An edge whose
+/// certificate rotates drains its link and makes a new one, and long streams keep the old ones up.
+const PER_NODE_WITH_DRAINING: usize = 4;
+
 /// How many links there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkLimits {
-    /// All together. At this many, further edges are rejected.
+    /// All together. At this many, further edges are rejected, but for one more link of each node that has one: an edge
+    /// makes its new link before it drains the old one.
     pub total: usize,
-    /// To one node. The oldest is closed when there would be more.
+    /// To one node, without those whose edge drains them. The oldest is closed when there would be more. With those that
+    /// drain there may be four times as many, and of these the oldest goes first.
     pub per_node: usize,
 }
 
@@ -43,6 +49,8 @@ struct State {
     next_number: u64,
     /// Links that hold a place, registered or superseded.
     places: usize,
+    /// Nodes that hold one more than there are.
+    beyond: BTreeSet<NodeId>,
 }
 
 /// A link, newest first among those of its node.
@@ -81,37 +89,31 @@ impl Registry {
         Arc::new(Self { state: Mutex::default(), limits, metrics })
     }
 
-    /// A place for one more link, to be taken before it is welcomed.
-    pub(crate) fn place(self: &Arc<Self>) -> Result<Place, Full> {
+    /// A place for one more link of `node`, to be taken before it is welcomed.
+    pub(crate) fn place(self: &Arc<Self>, node: &NodeId) -> Result<Place, Full> {
         let mut state = self.state.lock();
         if state.places >= self.limits.total {
-            return Err(Full { max: self.limits.total });
+            let may_go_beyond = state.nodes.contains_key(node) && !state.beyond.contains(node);
+            if !may_go_beyond {
+                return Err(Full { max: self.limits.total });
+            }
+            state.beyond.insert(node.clone());
         }
         state.places += 1;
-        Ok(Place(self.clone()))
+        Ok(Place { registry: self.clone(), node: node.clone() })
     }
 
-    /// Adds a link, which from now on is its node's preferred one.
-    pub(crate) fn register(
-        &self,
-        place: Place,
-        node: NodeId,
-        instance: InstanceId,
-        link: LinkHandle,
-    ) -> Registration {
+    /// Adds a link of the place's node, which from now on is that node's preferred one.
+    pub(crate) fn register(&self, place: Place, instance: InstanceId, link: LinkHandle) -> Registration {
+        let node = &place.node;
         let mut state = self.state.lock();
         let number = state.next_number;
         state.next_number += 1;
-        state.gone.forget(&node);
+        state.gone.forget(node);
         let entries = state.nodes.entry(node.clone()).or_default();
         let several_before = has_several_instances(entries);
         entries.insert(0, Entry { number, instance, link });
-        while entries.len() > self.limits.per_node.max(1) {
-            if let Some(oldest) = entries.pop() {
-                info!(%node, instance = %oldest.instance, "closing the oldest link: the node has newer ones");
-                oldest.link.close("superseded by newer links of the same node");
-            }
-        }
+        supersede(entries, node, self.limits.per_node.max(1));
         let several = has_several_instances(entries);
         if several && !several_before {
             warn!(%node, links = entries.len(),
@@ -120,7 +122,8 @@ impl Registry {
         self.count_several(several_before, several);
         self.metrics.links.inc();
         self.metrics.links_opened.inc();
-        Registration { place, node, number }
+        drop(state);
+        Registration { place, number }
     }
 
     /// What there is for `node`.
@@ -169,6 +172,30 @@ impl State {
     }
 }
 
+/// Closes the oldest links of a node that has more than it may. Those that drain take no new streams and go by
+/// themselves: they must not make an edge that does as it should lose its streams.
+fn supersede(entries: &mut Vec<Entry>, node: &NodeId, per_node: usize) {
+    const WHY: &str = "superseded by newer links of the same node";
+    // Looked at once: an edge may begin to drain at any moment, but none takes it back.
+    let serves = |(index, entry): (usize, &Entry)| (!entry.link.peer_draining()).then_some(index);
+    let serving: Vec<usize> = entries.iter().enumerate().filter_map(serves).collect();
+    for index in serving.into_iter().skip(per_node).rev() {
+        let Entry { instance, link, .. } = entries.remove(index);
+        info!(%node, %instance, streams = link.active_streams(), "closing the oldest link: the node has newer ones");
+        link.close(WHY);
+    }
+    let all = per_node.saturating_mul(PER_NODE_WITH_DRAINING);
+    for _ in all..entries.len() {
+        if let Some(oldest) = entries.iter().rposition(|entry| entry.link.peer_draining()) {
+            let Entry { instance, link, .. } = entries.remove(oldest);
+            warn!(%node, %instance, streams = link.active_streams(), links = all,
+                  "closing the oldest link that drains, which cuts its streams: the node has as many links as it may, \
+                   those that drain among them");
+            link.close(WHY);
+        }
+    }
+}
+
 fn has_several_instances(entries: &[Entry]) -> bool {
     entries.windows(2).any(|pair| pair[0].instance != pair[1].instance)
 }
@@ -199,13 +226,19 @@ impl Gone {
     }
 }
 
-/// The right to one more link. Given back when dropped.
+/// The right of a node to one more link. Given back when dropped.
 #[derive(Debug)]
-pub(crate) struct Place(Arc<Registry>);
+pub(crate) struct Place {
+    registry: Arc<Registry>,
+    node: NodeId,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.state.lock().places -= 1;
+        let mut state = self.registry.state.lock();
+        state.places -= 1;
+        // Whichever link it was: the node holds one less.
+        state.beyond.remove(&self.node);
     }
 }
 
@@ -213,22 +246,33 @@ impl Drop for Place {
 #[derive(Debug)]
 pub(crate) struct Registration {
     place: Place,
-    node: NodeId,
     number: u64,
+}
+
+impl Registration {
+    /// Whether the node has a newer link, over which streams come now.
+    pub(crate) fn has_successor(&self) -> bool {
+        let state = self.place.registry.state.lock();
+        let newer = |entry: &&Entry| entry.number > self.number;
+        let mut entries = state.nodes.get(&self.place.node).into_iter().flatten().filter(newer);
+        entries.any(|entry| !entry.link.is_closed() && !entry.link.peer_draining())
+    }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.place.0.remove(&self.node, self.number);
+        self.place.registry.remove(&self.place.node, self.number);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::advance;
+    use tokio::time::{advance, sleep, timeout};
+    use tracing::Level;
+    use tunnel_core::OpenRequest;
 
     use super::*;
-    use crate::testing::{TestLink, metrics, node};
+    use crate::testing::{Log, TestLink, metrics, node};
 
     const LIMITS: LinkLimits = LinkLimits { total: 3, per_node: 2 };
 
@@ -241,7 +285,8 @@ mod tests {
     }
 
     fn register(registry: &Arc<Registry>, name: &str, number: u128, link: &TestLink) -> Registration {
-        registry.register(registry.place().unwrap(), node(name), instance(number), link.gateway.clone())
+        let place = registry.place(&node(name)).unwrap();
+        registry.register(place, instance(number), link.gateway.clone())
     }
 
     /// How many links serve the node, and the number of streams on the preferred one, which tells links apart.
@@ -292,13 +337,87 @@ mod tests {
         assert_eq!(links(&registry, "edge-a").len(), 2);
     }
 
+    async fn soon<T>(what: impl Future<Output = T>) -> T {
+        timeout(Duration::from_secs(60), what).await.unwrap()
+    }
+
+    fn request() -> OpenRequest {
+        OpenRequest { target: "edge-a:22".to_owned(), ..OpenRequest::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn links_that_drain_do_not_push_out_others_until_there_are_too_many() {
+        let registry = Registry::new(LinkLimits { total: 100, per_node: 2 }, metrics());
+        let mut oldest = TestLink::up().await;
+        let mut stay = vec![register(&registry, "edge-a", 1, &oldest)];
+        let gateway = oldest.gateway.clone();
+        let opened = tokio::spawn(async move { gateway.open(request(), Duration::from_secs(5)).await });
+        let _far = oldest.pending().await.accept(String::new()).await.unwrap();
+        let _stream = opened.await.unwrap().unwrap();
+        oldest.edge_drains().await;
+        let mut drained = Vec::new();
+        for _ in 0..5 {
+            let link = TestLink::up().await;
+            stay.push(register(&registry, "edge-a", 1, &link));
+            link.edge_drains().await;
+            drained.push(link);
+        }
+        let (first, second, third) = (TestLink::up().await, TestLink::up().await, TestLink::up().await);
+        stay.push(register(&registry, "edge-a", 1, &first));
+        stay.push(register(&registry, "edge-a", 1, &second));
+        // Eight: as many as there may be, and two of them serve.
+        sleep(Duration::from_secs(1)).await;
+        assert!(!first.gateway.is_closed() && !oldest.gateway.is_closed());
+        // Of those that serve, the oldest makes room; those that drain stay.
+        stay.push(register(&registry, "edge-a", 1, &third));
+        let why = soon(first.closed()).await.to_string();
+        assert!(why.contains("superseded"), "{why}");
+        assert!(!oldest.gateway.is_closed() && drained.iter().all(|link| !link.gateway.is_closed()));
+        assert_eq!(links(&registry, "edge-a").len(), 2);
+
+        // Now one of them drains as well, and yet another link would be the ninth.
+        second.edge_drains().await;
+        let (log, fourth) = (Log::start(), TestLink::up().await);
+        stay.push(register(&registry, "edge-a", 1, &fourth));
+        let why = soon(oldest.closed()).await.to_string();
+        assert!(why.contains("superseded"), "{why}");
+        let warnings = log.lines(Level::WARN, "closing the oldest link that drains");
+        assert!(warnings.len() == 1 && warnings[0].contains("streams=1 "), "{warnings:?}");
+        assert!(warnings[0].contains("node=edge-a "), "{warnings:?}");
+        sleep(Duration::from_secs(1)).await;
+        assert!(drained.iter().chain([&second, &third, &fourth]).all(|link| !link.gateway.is_closed()));
+    }
+
     #[tokio::test]
     async fn places_are_counted_and_given_back() {
-        let registry = registry();
-        let places: Vec<Place> = (0..3).map(|_| registry.place().unwrap()).collect();
-        assert_eq!(registry.place().unwrap_err(), Full { max: 3 });
+        let (registry, a) = (registry(), node("edge-a"));
+        let places: Vec<Place> = (0..3).map(|_| registry.place(&a).unwrap()).collect();
+        assert_eq!(registry.place(&a).unwrap_err(), Full { max: 3 });
         drop(places);
-        assert!(registry.place().is_ok());
+        assert!(registry.place(&a).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_full_gateway_has_one_more_place_for_each_node_with_a_link() {
+        let registry = registry();
+        let link = TestLink::up().await;
+        let (a, b) = (node("edge-a"), node("edge-b"));
+        let old = register(&registry, "edge-a", 1, &link);
+        let others = [registry.place(&b).unwrap(), registry.place(&b).unwrap()];
+        // It was welcomed nowhere yet.
+        assert!(registry.place(&b).is_err());
+        let new = register(&registry, "edge-a", 1, &link);
+        assert!(registry.place(&a).is_err(), "a second one beyond");
+        // The old link ends: so does what the node had too much, and it can renew again.
+        drop(old);
+        let newest = register(&registry, "edge-a", 1, &link);
+        assert!(registry.place(&a).is_err());
+        drop(new);
+        assert!(registry.place(&node("edge-c")).is_err(), "the gateway is still full");
+        drop((newest, others));
+        assert!(registry.state.lock().beyond.is_empty());
+        let _all = [&a, &a, &b].map(|node| registry.place(node).unwrap());
+        assert!(registry.place(&a).is_err(), "the node has no link any more");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod cluster;
+mod process;
 mod rig;
 
 use std::time::Duration;
@@ -95,7 +96,8 @@ async fn links_beyond_the_limit_are_rejected_and_the_oldest_of_a_node_is_superse
 
     let _other = running.link("edge-b", hello("edge-b", "i3")).await.unwrap();
     running.measured("tunnel_server_links 2").await;
-    let reject = running.rejected("edge-b", hello("edge-b", "i4")).await;
+    running.issue("edge-c", "edge-c", Validity::lasting(Duration::from_secs(3600)));
+    let reject = running.rejected("edge-c", hello("edge-c", "i4")).await;
     assert_eq!(reject.code(), RejectCode::Overloaded);
 }
 
@@ -201,4 +203,32 @@ async fn a_link_does_not_outlive_its_certificate() {
     let (_client, _edge) = running.connected(&mut long).await;
     let reject = running.link("brief", hello("edge-b", "i3")).await;
     assert!(reject.is_err(), "an expired certificate was let in");
+}
+
+#[tokio::test]
+async fn a_link_may_outlive_its_certificate_while_its_node_has_a_newer_one() {
+    let running = start(|settings| settings.heartbeat = Duration::from_millis(500)).await;
+    running.issue("brief", "edge-a", Validity::lasting(Duration::from_secs(3)));
+    running.issue("long", "edge-a", Validity::lasting(Duration::from_secs(3600)));
+    let (mut brief, _) = running.link("brief", hello("edge-a", "i1")).await.unwrap();
+    let (mut client, mut edge) = running.connected(&mut brief).await;
+    let (long, _) = running.link("long", hello("edge-a", "i1")).await.unwrap();
+    brief.handle().drain(Duration::from_secs(3600), "there is a newer link");
+    let events = tokio::spawn(async move {
+        loop {
+            if let LinkEvent::Closed(error) = brief.next().await {
+                return error;
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    client.write_all(b"still here").await.unwrap();
+    let mut said = [0; 10];
+    edge.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, b"still here");
+    // Without it, nothing says any more that the node may be here.
+    drop(long);
+    let error = timeout(PATIENCE, events).await.unwrap().unwrap();
+    assert!(matches!(error, LinkError::ClosedByPeer), "{error}");
+    assert!(client.read(&mut [0; 1]).await.is_err());
 }

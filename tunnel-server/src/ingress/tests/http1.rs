@@ -141,6 +141,31 @@ async fn what_is_not_a_good_request_is_told_so() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_node_that_is_named_like_an_address_does_not_take_it_from_its_holder() {
+    let grants = [("edge-a", "192.168.1.1"), ("edge-c", "10.0.0.0/8"), ("edge-c", "default-route")];
+    let site = Site::with(|_| {}, &grants, LinkConfig::default()).await;
+    let refused = [
+        ("192.168.1.1", "192.168.1.1 is the name of one node and granted to another (192.168.1.1, edge-a): "),
+        ("10.0.0.5", "10.0.0.5 is the name of one node and granted to another (10.0.0.5, edge-c): "),
+    ];
+    let named = ["192.168.1.1", "10.0.0.5", "172.16.0.1"];
+    let link = TestLink::up().await;
+    let stay: Vec<Registration> = named.iter().map(|name| site.register_as(name, &link, 2)).collect();
+    let check = async |when: &str| {
+        for (host, text) in refused {
+            let answer = ask(&site, format!("CONNECT {host}:1 HTTP/1.1\r\n\r\n").as_bytes()).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 502 {text}")), "{when}: {answer}");
+        }
+    };
+    check("linked").await;
+    drop(stay);
+    check("offline").await;
+    // The default route is no claim to an address: this node is meant, also while it is offline.
+    let answer = ask(&site, b"CONNECT 172.16.0.1:1 HTTP/1.1\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 503 node 172.16.0.1 has no link"), "{answer}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_slow_request_is_not_waited_for() {
     let site = Site::up().await;
     for begun in [&b""[..], b"PRI * HT", b"CONNECT edge-a:1 HTTP/1.1\r\nx:"] {

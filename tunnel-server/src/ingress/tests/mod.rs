@@ -65,8 +65,12 @@ impl Site {
     }
 
     fn register(&self, link: &TestLink, instance: u128) -> Registration {
-        let place = self.registry.place().unwrap();
-        self.registry.register(place, node("edge-a"), InstanceId::from_random(instance), link.gateway.clone())
+        self.register_as("edge-a", link, instance)
+    }
+
+    fn register_as(&self, name: &str, link: &TestLink, instance: u128) -> Registration {
+        let place = self.registry.place(&node(name)).unwrap();
+        self.registry.register(place, InstanceId::from_random(instance), link.gateway.clone())
     }
 
     /// A client's connection, and the task that serves it.

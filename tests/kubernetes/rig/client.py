@@ -1,4 +1,4 @@
-"""kubectl as a person uses it: a version, a protocol for streams, commands that end, commands that go on, and a terminal."""
+"""kubectl as a person uses it: a version and a protocol, commands that end, commands that go on, and a terminal."""
 
 import fcntl
 import os

@@ -144,7 +144,8 @@ class Cluster:
             f"--service-account-key-file={PKI}/sa.pub", f"--service-account-signing-key-file={PKI}/sa.key",
             "--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.96.0.0/16",
             "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
-            "--audit-policy-file=/etc/kubernetes/audit.yaml", f"--audit-log-path={AUDIT_LOG}", "--enable-bootstrap-token-auth", "--allow-privileged", "--shutdown-delay-duration=0s",
+            "--audit-policy-file=/etc/kubernetes/audit.yaml", f"--audit-log-path={AUDIT_LOG}",
+            "--enable-bootstrap-token-auth", "--allow-privileged",
             f"--kubelet-client-certificate={PKI}/apiserver-kubelet-client.crt",
             f"--kubelet-client-key={PKI}/apiserver-kubelet-client.key",
             f"--kubelet-certificate-authority={PKI}/ca.crt", *self.apiserver_flags)
@@ -213,7 +214,8 @@ class Cluster:
                                "x509": {"clientCAFile": f"{PKI}/ca.crt"}},
             "authorization": {"mode": "Webhook"},
             "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-            "cgroupDriver": "cgroupfs", "cgroupRoot": f"/{self.cgroup}/{name}", "failCgroupV1": False, "failSwapOn": False,
+            "cgroupDriver": "cgroupfs", "cgroupRoot": f"/{self.cgroup}/{name}",
+            "failCgroupV1": False, "failSwapOn": False,
             "enforceNodeAllocatable": [], "rotateCertificates": True, "resolvConf": "",
             "tlsCertFile": f"{PKI}/kubelet.crt", "tlsPrivateKeyFile": f"{PKI}/kubelet.key",
             "evictionHard": {"memory.available": "10Mi", "nodefs.available": "1%", "imagefs.available": "1%",
@@ -238,14 +240,16 @@ def pod(name, node, command, **more):
     container = {"name": "main", "image": IMAGE, "imagePullPolicy": "Never", "command": command,
                  "env": [{"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
                  **more.pop("container", {})}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
-            "spec": {"nodeSelector": {"kubernetes.io/hostname": node}, "containers": [container], "terminationGracePeriodSeconds": 0,
-                     "automountServiceAccountToken": False, "tolerations": [{"operator": "Exists"}], **more}}
+    return {"apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+            "spec": {"nodeSelector": {"kubernetes.io/hostname": node}, "containers": [container],
+                     "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False, "tolerations": [{"operator": "Exists"}], **more}}
 
 
+PODS = ["pods/exec", "pods/portforward", "pods/log"]
 # Who streams, and how: a WebSocket begins with GET, SPDY with POST.
 AUDIT = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived", "ResponseComplete"],
-         "rules": [{"level": "Metadata", "resources": [{"group": "", "resources": ["pods/exec", "pods/portforward"]}]}, {"level": "None"}]}
+         "rules": [{"level": "Metadata", "resources": [{"group": "", "resources": PODS}]}, {"level": "None"}]}
 AUDIT_LOG = "/var/log/audit.log"
 
 CONTAINERD = f"""\

@@ -19,10 +19,14 @@ from pathlib import Path
 
 CLOUD = "10.77.0.1"
 EDGE = "192.168.1.10"
+ROUTERS = {"a": "10.77.0.11", "b": "10.77.0.12"}
 # What a host may write without the machine, or another host, seeing it.
 OWN = ["etc", "opt", "usr/local", "var"]
-# An overlay cannot lie on an overlay, and containerd makes overlays here; the kubelet's volumes want a plain file system too.
+# An overlay cannot lie on an overlay, and containerd makes overlays here; kubelet and etcd want a plain file system too.
 PLAIN = ["var/lib/containerd", "var/lib/kubelet", "var/lib/etcd"]
+# A kubelet sets these for the whole machine, unless it finds them as it wants them: so that is what it finds.
+SYSCTLS = {"vm/overcommit_memory": 1, "vm/panic_on_oom": 0, "kernel/panic": 10, "kernel/panic_on_oops": 1,
+           "kernel/keys/root_maxkeys": 1000000, "kernel/keys/root_maxbytes": 25000000}
 
 
 class Failed(Exception):
@@ -110,6 +114,9 @@ class Host:
         for plain in PLAIN:
             folder = self.root / "plain" / plain
             lines.append(f"mkdir -p {folder} /{plain}; mount --bind {folder} /{plain}")
+        for name, value in SYSCTLS.items():
+            shown = self.root / name.replace("/", ".")
+            lines.append(f"echo {value} > {shown}; mount --bind {shown} /proc/sys/{name}")
         lines.append(f"printf '127.0.0.1 localhost\\n{CLOUD} cloud gateway.example\\n' > /etc/hosts")
         lines.append("rm -f /etc/resolv.conf; : > /etc/resolv.conf")
         lines.append("ip link set lo up; echo up; exec sleep infinity")
@@ -132,15 +139,17 @@ class Host:
         """Runs what must succeed, and gives what it printed."""
         code, out, err = self.run(*command, **options)
         if code != 0:
-            raise Failed(f"on {self.name}, {shlex.join(map(str, command))[:300]}: exit code {code}: {(err or out).strip()[-800:]}")
+            said = (err or out).strip()[-800:]
+            raise Failed(f"on {self.name}, {shlex.join(map(str, command))[:300]}: exit code {code}: {said}")
         return out
 
     def sh(self, script, **options):
         return self.do("sh", "-ec", script, **options)
 
     def write(self, path, text, mode=0o644):
-        """A file of this host. As everything here, seen by this host alone."""
-        self.do("sh", "-ec", f'mkdir -p "$(dirname {path})"; cat > {path}; chmod {mode:o} {path}', stdin=text.encode())
+        """A file of this host, there as a whole at once. As everything here, seen by this host alone."""
+        script = f"mkdir -p $(dirname {path}); cat > {path}.new; chmod {mode:o} {path}.new; mv {path}.new {path}"
+        self.sh(script, stdin=text.encode())
 
     def read(self, path):
         return self.do("cat", path)
@@ -161,9 +170,12 @@ class Lab:
         self.sh("ip link set lo up; ip link add wan type bridge; ip link set wan up")
         self.cloud = Host(self, "cloud")
         self.cable(self.cloud, f"{CLOUD}/24", "wan0")
-        self.sites = {site: self.site(site, number) for site, number in (("a", 11), ("b", 12))}
-        # The cloud knows a way to the edges, so that only the routers' rules keep it out.
-        self.cloud.sh("ip route add 192.168.1.0/24 via 10.77.0.11")
+        self.sites = {site: self.site(site) for site in ROUTERS}
+        self.towards("a")
+
+    def towards(self, site):
+        """The cloud knows a way to the edges of one site, so that only the router's rule keeps it out."""
+        self.cloud.sh(f"ip route replace 192.168.1.0/24 via {ROUTERS[site]}")
 
     @property
     def edges(self):
@@ -175,16 +187,18 @@ class Lab:
     def cable(self, host, address, name):
         """Plugs a host into the wan."""
         end = f"{host.name}-wan"[:15]
-        self.sh(f"ip link add {end} type veth peer name {name} netns {host.holder.pid}; ip link set {end} master wan up")
+        self.sh(f"ip link add {end} type veth peer name {name} netns {host.holder.pid}; "
+                f"ip link set {end} master wan up")
         host.sh(f"ip address add {address} dev {name}; ip link set {name} up")
 
-    def site(self, site, number):
+    def site(self, site):
         """An edge behind a router that translates what goes out, and lets nothing in."""
         router, edge = Host(self, f"router-{site}"), Host(self, f"edge-{site}")
-        self.cable(router, f"10.77.0.{number}/24", "wan0")
+        self.cable(router, f"{ROUTERS[site]}/24", "wan0")
         self.sh(f"ip link add lan-{site} type veth peer name eth0 netns {edge.holder.pid}; "
                 f"ip link set lan-{site} netns {router.holder.pid} name lan0")
-        router.sh("ip address add 192.168.1.1/24 dev lan0; ip link set lan0 up; echo 1 > /proc/sys/net/ipv4/ip_forward; "
+        router.sh("ip address add 192.168.1.1/24 dev lan0; ip link set lan0 up; "
+                  "echo 1 > /proc/sys/net/ipv4/ip_forward; "
                   "iptables -t nat -A POSTROUTING -o wan0 -j MASQUERADE; "
                   "iptables -A FORWARD -i wan0 -m conntrack --ctstate NEW -j DROP")
         edge.sh(f"ip address add {EDGE}/24 dev eth0; ip link set eth0 up; ip route add default via 192.168.1.1; "

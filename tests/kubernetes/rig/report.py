@@ -6,10 +6,6 @@ import traceback
 from lab import Failed
 
 
-class Skip(Exception):
-    """Why a case cannot run here."""
-
-
 class Report:
     """What was tried, and how it went."""
 
@@ -23,15 +19,25 @@ class Report:
         begun = time.monotonic()
         try:
             result, note = "passed", test(*arguments) or ""
-        except Skip as why:
-            result, note = "skipped", str(why)
         except (AssertionError, Failed) as failure:
             result, note = "FAILED", str(failure)
         except Exception as failure:  # A mistake in the rig is a failure of the case, not the end of the run.
             traceback.print_exc()
             result, note = "FAILED", f"{type(failure).__name__}: {failure}"
-        self.rows.append((point, name, result, time.monotonic() - begun, note))
-        self.show(self.rows[-1], f"[{time.monotonic() - self.begun:6.1f} s] ")
+        self.add(point, name, result, time.monotonic() - begun, note)
+
+    def skip(self, point, name, why):
+        """What cannot be tried."""
+        if not self.only or self.only in f"{point} {name}":
+            self.add(point, name, "skipped", 0, why)
+
+    def broken_off(self, failure):
+        """The course could not go on, for a reason that is no case's."""
+        self.add("-", "everything that should have come after this", "FAILED", 0, f"{type(failure).__name__}: {failure}")
+
+    def add(self, *row):
+        self.rows.append(row)
+        self.show(row, f"[{time.monotonic() - self.begun:6.1f} s] ")
 
     @staticmethod
     def show(row, before=""):
@@ -41,6 +47,8 @@ class Report:
 
     def finish(self):
         """Prints all, and gives the exit code."""
+        if self.only and not self.rows:
+            print(f"no case has {self.only!r} in its name")
         print("\n" + "-" * 150)
         for row in self.rows:
             self.show(row)

@@ -12,7 +12,9 @@ class Tunnel:
 
     def __init__(self, lab, cluster, guide, checkout):
         self.lab, self.cloud, self.cluster, self.guide = lab, lab.cloud, cluster, guide
-        self.checkout, self.ingress = checkout, "tcp"
+        self.checkout = checkout
+        # With the length of its log when it began.
+        self.gateway, self.begun = None, 0
 
     def follow(self, host, text):
         """Runs a block of the guide as a person would: line by line in one shell, ended by the first failure."""
@@ -26,11 +28,11 @@ class Tunnel:
                     self.follow(self.cloud, text)
                 case ("cloud", "runs"):
                     self.start_gateway()
+                    self.bring_authority()
                 case ("kube-apiserver",):
                     self.cluster.restart_apiserver(*text.split())
                 case ("node",):
                     for edge in self.lab.edges:
-                        self.bring_authority(edge)
                         self.follow(edge, text)
                 case ("node", "runs"):
                     for edge in self.lab.edges:
@@ -38,20 +40,26 @@ class Tunnel:
                 case ("cloud", "tries"):
                     self.follow(self.cloud, text)
 
-    def bring_authority(self, edge):
+    def bring_authority(self):
         """What the guide leaves to a person."""
-        edge.write("/etc/edge-tunnel/gateway-ca.crt", self.cloud.read("/etc/edge-tunnel/pki/edge/ca.crt"))
+        for edge in self.lab.edges:
+            edge.write("/etc/edge-tunnel/gateway-ca.crt", self.cloud.read("/etc/edge-tunnel/pki/edge/ca.crt"))
 
     def switch_to_unix_socket(self):
         self.stop_gateway()
         self.follow(self.cloud, self.guide.text("cloud", "unix"))
-        self.ingress = "unix"
         self.start_gateway()
 
     def send_control_plane_traffic_too(self):
         self.follow(self.cloud, self.guide.text("cloud", "urls"))
 
+    def linked(self, edge):
+        """Whether the node has a link, by the gateway's log."""
+        said = self.gateway.text(self.begun)
+        return said.count(f"link up node={edge} ") > said.count(f"link down node={edge} ")
+
     def start_gateway(self):
+        self.begun = len(self.gateway.text()) if self.gateway else 0
         self.gateway = self.cloud.start("tunnel-server", "sh", "-c", "exec " + self.guide.text("cloud", "runs"))
         until("the gateway's readiness", 20, lambda: self.ready(self.cloud, "gateway"), 0.05)
         check(self.gateway.alive(), f"the gateway has ended: {self.gateway.tail(3)}")

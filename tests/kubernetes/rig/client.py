@@ -113,7 +113,7 @@ class Terminal:
     """A command in a terminal of its own, which can be resized."""
 
     def __init__(self, argv, env):
-        self.process, self.text = None, ""
+        self.text = ""
         pid, self.screen = pty.fork()
         if pid == 0:
             os.execvpe(argv[0], argv, env)

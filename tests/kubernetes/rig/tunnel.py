@@ -76,7 +76,6 @@ class Tunnel:
     def wait_for_links(self, seconds=20):
         for edge in self.lab.edges:
             until(f"a link of {edge.name}", seconds, lambda edge=edge: self.ready(edge, "edge"))
-        return True
 
     def metrics(self, host, kind):
         """All samples, by name with labels."""

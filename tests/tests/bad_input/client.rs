@@ -93,6 +93,39 @@ pub(crate) fn expired() -> Validity {
     Validity::between(now - 2 * DAY, now - DAY)
 }
 
+/// What a client shows, the alert it gets for it, the failure's name in the metrics, and words of the log's line.
+pub(crate) type Refusal = (&'static str, Option<Credential>, AlertDescription, &'static str, &'static str);
+
+/// Certificates that a door of `domain` refuses; `profile` is what it would take, `other` of the other door.
+pub(crate) fn refusals(domain: Domain, profile: &Profile, other: (&'static str, Credential)) -> [Refusal; 5] {
+    let other_ca = "was not issued by the CA configured for this side";
+    [
+        (
+            "none",
+            None,
+            AlertDescription::CertificateRequired,
+            "no_certificate",
+            "showed no client certificate",
+        ),
+        (other.0, Some(other.1), AlertDescription::UnknownCA, "unknown_ca", other_ca),
+        ("a peer's", Some(Credential::peer()), AlertDescription::UnknownCA, "unknown_ca", other_ca),
+        (
+            "expired",
+            Some(Credential::issue(domain, profile, expired())),
+            AlertDescription::CertificateExpired,
+            "expired",
+            "certificate has expired: issue a new one",
+        ),
+        (
+            "a gateway's",
+            Some(Credential::gateway(domain, valid())),
+            AlertDescription::UnsupportedCertificate,
+            "bad_certificate",
+            "client",
+        ),
+    ]
+}
+
 fn ca(domain: Domain, extension: &str) -> String {
     fs::read_to_string(pki().join(format!("{domain}/ca.{extension}"))).unwrap()
 }

@@ -11,7 +11,7 @@ use tunnel_server::pki::Profile;
 use tunnel_tests::{connect::connect, parties::control_plane_tls};
 
 use crate::{
-    client::{Credential, EDGE, alert, expired, rest, tls, valid},
+    client::{Credential, EDGE, alert, refusals, rest, tls},
     rig::{PATIENCE, Rig, answered, handshake_failed, link_closed, link_opened, rejected, soon, until},
     script::{Script, hello},
 };
@@ -77,38 +77,8 @@ async fn half_a_client_hello_and_silence() {
 async fn certificates_that_are_none_of_an_edge() {
     let mut rig = Rig::new().await;
     let node = Profile::Edge { node: "edge-b".parse().unwrap() };
-    let other_ca = "was not issued by the CA configured for this side";
-    for (name, credential, alerted, cause, text) in [
-        (
-            "none",
-            None,
-            AlertDescription::CertificateRequired,
-            "no_certificate",
-            "showed no client certificate",
-        ),
-        (
-            "the control plane's",
-            Some(Credential::client("control-plane")),
-            AlertDescription::UnknownCA,
-            "unknown_ca",
-            other_ca,
-        ),
-        ("a peer's", Some(Credential::peer()), AlertDescription::UnknownCA, "unknown_ca", other_ca),
-        (
-            "expired",
-            Some(Credential::issue(Domain::Edge, &node, expired())),
-            AlertDescription::CertificateExpired,
-            "expired",
-            "certificate has expired: issue a new one",
-        ),
-        (
-            "a gateway's",
-            Some(Credential::gateway(Domain::Edge, valid())),
-            AlertDescription::UnsupportedCertificate,
-            "bad_certificate",
-            "client",
-        ),
-    ] {
+    let other = ("the control plane's", Credential::client("control-plane"));
+    for (name, credential, alerted, cause, text) in refusals(Domain::Edge, &node, other) {
         let case = rig.case(name);
         assert_eq!(alert(tls(rig.edge_door, Domain::Edge, credential, EDGE).await).await, alerted, "{name}");
         let words = ["WARN", "TLS handshake failed", text];

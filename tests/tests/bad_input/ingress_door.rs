@@ -7,7 +7,7 @@ use tunnel_server::pki::Profile;
 use tunnel_tests::connect::connect;
 
 use crate::{
-    client::{Credential, alert, expired, rest, tls, valid},
+    client::{Credential, alert, refusals, rest, tls},
     rig::{Rig, answered, handshake_failed, soon},
 };
 
@@ -17,32 +17,8 @@ const HTTP: &[&[u8]] = &[b"http/1.1"];
 async fn certificates_that_are_none_of_the_control_plane() {
     let mut rig = Rig::new().await;
     let client = Profile::Client { name: "control-plane".to_owned() };
-    let other_ca = "was not issued by the CA configured for this side";
-    for (name, credential, alerted, cause, text) in [
-        (
-            "none",
-            None,
-            AlertDescription::CertificateRequired,
-            "no_certificate",
-            "showed no client certificate",
-        ),
-        ("an edge's", Some(Credential::edge("edge-a")), AlertDescription::UnknownCA, "unknown_ca", other_ca),
-        ("a peer's", Some(Credential::peer()), AlertDescription::UnknownCA, "unknown_ca", other_ca),
-        (
-            "expired",
-            Some(Credential::issue(Domain::ControlPlane, &client, expired())),
-            AlertDescription::CertificateExpired,
-            "expired",
-            "certificate has expired: issue a new one",
-        ),
-        (
-            "a gateway's",
-            Some(Credential::gateway(Domain::ControlPlane, valid())),
-            AlertDescription::UnsupportedCertificate,
-            "bad_certificate",
-            "client",
-        ),
-    ] {
+    let other = ("an edge's", Credential::edge("edge-a"));
+    for (name, credential, alerted, cause, text) in refusals(Domain::ControlPlane, &client, other) {
         let case = rig.case(name);
         let connected = tls(rig.ingress_door, Domain::ControlPlane, credential, HTTP).await;
         assert_eq!(alert(connected).await, alerted, "{name}");

@@ -22,6 +22,8 @@ from cluster import AUDIT_LOG, PKI, pod
 from lab import EDGE, check, until
 
 HEARTBEAT = 10  # The gateway's default period, in seconds.
+# The watch of the nodes and reading the metrics have connections of their own, which come and go.
+FILES_OF_OTHERS = 2
 MiB = 1 << 20
 
 
@@ -263,7 +265,7 @@ class Cases:
         check(seen["log"] >= 60 and seen["exec"] >= 30, f"kube-apiserver saw {dict(seen)}: the storm was none")
         check(opened >= seen["exec"], f"{opened:.0f} streams were opened for {dict(seen)}")
         until(f"no more than {streams[0]:.0f} streams", 20, lambda: self.streams() <= streams[0])
-        after = until("as few open files as before", 20, lambda: self.no_more_files(before))
+        after = until("about as few open files as before", 20, lambda: self.no_more_files(before))
         for name in before:
             grown = after[name][1] - before[name][1]
             check(grown < 4, f"{name} has grown by {grown:.1f} MiB")
@@ -284,7 +286,8 @@ class Cases:
     def no_more_files(self, before):
         now = self.processes()
         for name in before:
-            check(now[name][0] <= before[name][0], f"{name}: {before[name][0]} -> {now[name][0]} open files")
+            check(now[name][0] <= before[name][0] + FILES_OF_OTHERS,
+                  f"{name}: {before[name][0]} -> {now[name][0]} open files")
         return now
 
     def storm(self, kubectl, count):

@@ -32,14 +32,16 @@ use crate::{
         ends::Aborted,
         frame::FrameError,
         messages::{
-            AbortCode, Drain, Hello, Ingress, Open, RefusalCode, Reject, RejectCode, Update, Welcome,
+            AbortCode, Drain, Gateway, Hello, Holdings, Ingress, Open, RefusalCode, Reject, RejectCode,
+            Update, Welcome,
         },
     },
     stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };
 
-/// Things that happened to a link may wait for its owner up to this many. More are dropped: an owner that does not listen
-/// must not stop the heartbeat.
+/// Things that happened to a link may wait for its owner up to this many. More are dropped, but for what a peer tells of
+/// itself and its nodes, which waits: an owner that does not listen must not stop the heartbeat, unless it deals with
+/// peers.
 const EVENTS_WAITING: usize = 8;
 /// An orderly close may take this long before the connection is dropped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -154,12 +156,12 @@ pub enum ConnectError {
 /// Why a stream could not be opened.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The edge said no.
+    /// The far side said no.
     #[error("{text}")]
     Refused {
-        /// The edge's reason, by kind.
+        /// Its reason, by kind.
         code: RefusalCode,
-        /// The edge's reason, for people.
+        /// Its reason, for people.
         text: String,
     },
     /// All streams of the link are in use.
@@ -169,16 +171,16 @@ pub enum OpenError {
         max: usize,
     },
     /// The far side is about to leave.
-    #[error("the edge is draining")]
+    #[error("the far side is draining")]
     Draining,
     /// No answer in time.
-    #[error("the edge did not answer within {} ms", .0.as_millis())]
+    #[error("the far side did not answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
     /// The link, or this stream of it, went away.
     #[error("{0}")]
     LinkLost(String),
     /// The far side broke the protocol.
-    #[error("the edge's answer was unusable: {0}")]
+    #[error("the far side's answer was unusable: {0}")]
     Protocol(String),
 }
 
@@ -208,6 +210,10 @@ pub enum LinkEvent {
     Draining(Drain),
     /// Grants or hints have changed.
     Updated(Update),
+    /// Peer links: what the far side holds. None is left out; the owner that asked for them must take them soon.
+    Holdings(Holdings),
+    /// Peer links: what the far side says of itself. None is left out, as with holdings.
+    Gateway(Gateway),
     /// The end; nothing follows.
     Closed(LinkError),
 }
@@ -226,6 +232,7 @@ struct Shared {
     peer_draining: AtomicBool,
     requests: Mutex<Requests>,
     requested: Notify,
+    holdings_taken: Notify,
     rtt: watch::Sender<Option<Rtt>>,
     heard: Arc<LastHeard>,
 }
@@ -235,6 +242,8 @@ struct Shared {
 struct Requests {
     drain: Option<Drain>,
     update: Option<Update>,
+    gateway: Option<Gateway>,
+    holdings: Option<Holdings>,
     close: Option<String>,
 }
 
@@ -295,7 +304,10 @@ impl LinkHandle {
 
     fn end_reason(&self) -> String {
         let ended = self.shared.streams.ended();
-        ended.map_or_else(|| "the edge dropped the stream before it answered".to_owned(), ToString::to_string)
+        ended.map_or_else(
+            || "the far side dropped the stream before it answered".to_owned(),
+            ToString::to_string,
+        )
     }
 
     /// Tells the far side to send no new streams; running ones have until `deadline` from now.
@@ -311,10 +323,40 @@ impl LinkHandle {
         self.shared.requested.notify_one();
     }
 
+    /// Tells a peer about this gateway. Of several in quick succession, the last one counts.
+    pub fn introduce(&self, gateway: Gateway) {
+        self.shared.requests.lock().gateway = Some(gateway);
+        self.shared.requested.notify_one();
+    }
+
+    /// Tells a peer what this gateway holds; returns when there is room for more. For one task at a time.
+    ///
+    /// Cancel-safe: what was not taken over was not sent. Waits for ever once the link has ended.
+    pub async fn tell_holdings(&self, holdings: Holdings) {
+        let mut holdings = Some(holdings);
+        loop {
+            let room = self.shared.holdings_taken.notified();
+            {
+                let mut requests = self.shared.requests.lock();
+                if requests.holdings.is_none() {
+                    requests.holdings = holdings.take();
+                    break;
+                }
+            }
+            room.await;
+        }
+        self.shared.requested.notify_one();
+    }
+
     /// Ends the link in an orderly way. Streams that still run are aborted.
     pub fn close(&self, reason: &str) {
         self.shared.requests.lock().close = Some(reason.to_owned());
         self.shared.requested.notify_one();
+    }
+
+    /// Whether both are handles of the same link.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// Whether the far side has asked for no more streams.
@@ -381,7 +423,7 @@ impl Link {
         }
     }
 
-    /// Takes a connection that an edge dialled, as far as its `Hello`.
+    /// Takes a connection that an edge or a peer dialled, as far as its `Hello`.
     ///
     /// Cancel-safe: dropping the future drops the connection.
     pub async fn accept<T>(io: T, config: LinkConfig) -> Result<PendingLink, LinkError>
@@ -424,6 +466,7 @@ impl Link {
                 peer_draining: AtomicBool::new(false),
                 requests: Mutex::default(),
                 requested: Notify::new(),
+                holdings_taken: Notify::new(),
                 rtt: watch::Sender::new(None),
                 heard: mux.heard,
             }),

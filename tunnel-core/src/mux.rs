@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    future::Future,
     io,
     pin::Pin,
     sync::{
@@ -43,7 +44,9 @@ const STREAM_HEADROOM: usize = 4;
 const OPENS_WAITING: usize = 64;
 
 /// A multiplexed stream. Its end of file means only that no more bytes will come: see [`crate::proto::ends`].
-pub(crate) type MuxStream = Compat<yamux::Stream>;
+///
+/// Boxed, since a channel of them has room for 32 from its beginning, and every idle link has such a channel.
+pub(crate) type MuxStream = Box<Compat<yamux::Stream>>;
 
 /// Which side of the link this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +134,7 @@ impl Mux {
         let (accepted, inbound) = mpsc::channel(config.max_streams + 1);
         let driver =
             Driver { connection, commands: received, opens: VecDeque::new(), accepted, closing: false };
-        let task = AbortOnDropHandle::new(tokio::spawn(driver.run()));
+        let task = AbortOnDropHandle::new(tokio::spawn(driver));
         Self { handle: MuxHandle { commands }, inbound, task, heard }
     }
 }
@@ -156,15 +159,14 @@ struct Driver<T> {
     closing: bool,
 }
 
-impl<T> Driver<T>
+/// A future by hand: an `async fn` that takes `self` has room for it twice, and every link has one.
+impl<T> Future for Driver<T>
 where
     T: futures_util::AsyncRead + futures_util::AsyncWrite + Send + Unpin + 'static,
 {
-    async fn run(mut self) -> Result<(), MuxError> {
-        std::future::poll_fn(|cx| self.poll(cx)).await
-    }
+    type Output = Result<(), MuxError>;
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         loop {
             self.poll_commands(cx);
             if self.closing {
@@ -173,13 +175,18 @@ where
             self.poll_opens(cx);
             match ready!(self.connection.poll_next_inbound(cx)) {
                 // A full channel means that the peer opens faster than this side refuses: dropping resets the stream.
-                Some(Ok(stream)) => drop(self.accepted.try_send(stream.compat())),
+                Some(Ok(stream)) => drop(self.accepted.try_send(Box::new(stream.compat()))),
                 Some(Err(error)) => return Poll::Ready(Err(into_error(error))),
                 None => return Poll::Ready(Err(MuxError::ClosedByPeer)),
             }
         }
     }
+}
 
+impl<T> Driver<T>
+where
+    T: futures_util::AsyncRead + futures_util::AsyncWrite + Send + Unpin + 'static,
+{
     /// Takes commands while there is room, so that the channel's bound holds.
     fn poll_commands(&mut self, cx: &mut Context<'_>) {
         while self.opens.len() < OPENS_WAITING {
@@ -197,7 +204,7 @@ where
                 continue;
             }
             match self.connection.poll_new_outbound(cx) {
-                Poll::Ready(Ok(stream)) => drop(reply.send(Ok(stream.compat()))),
+                Poll::Ready(Ok(stream)) => drop(reply.send(Ok(Box::new(stream.compat())))),
                 Poll::Ready(Err(yamux::ConnectionError::TooManyStreams)) => {
                     drop(reply.send(Err(OpenFailed::TooMany)));
                 }

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{CLOSE_TIMEOUT, LinkError, LinkEvent, Requests, Shared};
+use super::{CLOSE_TIMEOUT, LinkError, LinkEvent, Shared};
 use crate::{
     mux::{LastHeard, MuxError, MuxStream},
     proto::{
@@ -31,7 +31,8 @@ const CONTROL_BUFFER: usize = 4 * 1024;
 
 /// The control state machine and the stream it speaks on.
 pub(super) struct ControlChannel {
-    pub(super) control: Control,
+    /// Boxed: while a link comes about, this struct stands in many a future, one within the other.
+    pub(super) control: Box<Control>,
     reader: ReadHalf<MuxStream>,
     pub(super) writer: WriteHalf<MuxStream>,
     heard: Arc<LastHeard>,
@@ -42,7 +43,14 @@ pub(super) struct ControlChannel {
 impl ControlChannel {
     pub(super) fn new(control: Control, stream: MuxStream, heard: Arc<LastHeard>) -> Self {
         let (reader, writer) = tokio::io::split(stream);
-        Self { control, reader, writer, heard, input: BytesMut::new(), out: BytesMut::new() }
+        Self {
+            control: Box::new(control),
+            reader,
+            writer,
+            heard,
+            input: BytesMut::new(),
+            out: BytesMut::new(),
+        }
     }
 
     /// Encodes what is to be sent: the state machine's messages first, then those of the streams.
@@ -133,13 +141,13 @@ impl ControlTask {
     async fn step(&mut self) -> Result<(), LinkError> {
         let Self { channel, shared, .. } = self;
         while let Some(event) = channel.control.poll_event() {
-            handle_event(shared, &self.events, event);
+            handle_event(shared, &self.events, event).await;
         }
         if channel.decode()? {
             return Ok(());
         }
         // Whatever can be told is told before the link closes.
-        let closing = take_requests(shared, &mut channel.control);
+        let closing = take_requests(shared, channel);
         let more_waits = channel.fill(Some(&shared.streams));
         if let Some(reason) = closing {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, channel.writer.write_all_buf(&mut channel.out)).await;
@@ -167,7 +175,7 @@ impl ControlTask {
     }
 }
 
-fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
+async fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event) {
     let event = match event {
         Event::End(end) => return shared.streams.handle_end(&end),
         Event::Abort(abort) => return shared.streams.handle_abort(&abort),
@@ -176,6 +184,15 @@ fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event)
             LinkEvent::Draining(drain)
         }
         Event::Updated(update) => LinkEvent::Updated(update),
+        // One that is missing would make all that follow wrong, or is not said again. An owner that is gone needs none.
+        Event::Holdings(holdings) => {
+            let _ = events.send(LinkEvent::Holdings(holdings)).await;
+            return;
+        }
+        Event::Gateway(gateway) => {
+            let _ = events.send(LinkEvent::Gateway(gateway)).await;
+            return;
+        }
         // The state machine gives these only during the handshake.
         Event::Hello(_) | Event::Established(_) | Event::Rejected(_) => return,
     };
@@ -184,13 +201,26 @@ fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: Event)
 }
 
 /// Hands the state machine what the handles asked for. The reason to close, if one was given.
-fn take_requests(shared: &Shared, control: &mut Control) -> Option<String> {
-    let Requests { drain, update, close } = std::mem::take(&mut *shared.requests.lock());
+fn take_requests(shared: &Shared, channel: &mut ControlChannel) -> Option<String> {
+    let mut requests = shared.requests.lock();
+    // They are long: the next ones wait until these have left.
+    let holdings = if channel.out.is_empty() { requests.holdings.take() } else { None };
+    let (drain, update, gateway) = (requests.drain.take(), requests.update.take(), requests.gateway.take());
+    let close = requests.close.take();
+    drop(requests);
+    let control = &mut channel.control;
     if let Some(drain) = drain {
         control.drain(drain);
     }
     if let Some(update) = update {
         control.update(update);
+    }
+    if let Some(gateway) = gateway {
+        control.gateway(gateway);
+    }
+    if let Some(holdings) = holdings {
+        control.holdings(holdings);
+        shared.holdings_taken.notify_one();
     }
     close
 }

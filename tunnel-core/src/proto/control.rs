@@ -18,7 +18,8 @@ use std::{
 use super::{
     VERSIONS, clean_text,
     messages::{
-        self, Abort, Drain, End, Hello, Ping, Pong, Reject, RejectCode, Update, Welcome, control::Kind,
+        self, Abort, Drain, End, Gateway, Hello, Holdings, Ping, Pong, Reject, RejectCode, Update, Welcome,
+        control::Kind,
     },
 };
 
@@ -45,6 +46,10 @@ pub enum Event {
     End(End),
     /// A stream was cut.
     Abort(Abort),
+    /// Peer links: what the other side holds.
+    Holdings(Holdings),
+    /// Peer links: what the other side says of itself.
+    Gateway(Gateway),
 }
 
 /// Why a control stream is of no further use.
@@ -110,6 +115,8 @@ pub struct Control {
     ping_out: Option<Ping>,
     drain_out: Option<Drain>,
     update_out: Option<Update>,
+    gateway_out: Option<Gateway>,
+    holdings_out: Option<Holdings>,
     events: VecDeque<Event>,
 }
 
@@ -143,6 +150,8 @@ impl Control {
             ping_out: None,
             drain_out: None,
             update_out: None,
+            gateway_out: None,
+            holdings_out: None,
             events: VecDeque::new(),
         }
     }
@@ -184,6 +193,8 @@ impl Control {
             Kind::Update(update) => self.events.push_back(Event::Updated(update)),
             Kind::End(end) => self.events.push_back(Event::End(end)),
             Kind::Abort(abort) => self.events.push_back(Event::Abort(abort)),
+            Kind::Holdings(holdings) => self.events.push_back(Event::Holdings(holdings)),
+            Kind::Gateway(gateway) => self.events.push_back(Event::Gateway(gateway)),
             kind @ (Kind::Hello(_) | Kind::Welcome(_) | Kind::Reject(_)) => {
                 return Err(ControlError::Unexpected {
                     message: name(&kind),
@@ -219,6 +230,22 @@ impl Control {
         self.update_out = Some(update);
     }
 
+    /// Peer links: what this side says of itself. Only the newest unsent one is kept.
+    pub fn gateway(&mut self, gateway: Gateway) {
+        self.gateway_out = Some(gateway);
+    }
+
+    /// Peer links: what this side holds. Not before [`Control::takes_holdings`].
+    pub fn holdings(&mut self, holdings: Holdings) {
+        debug_assert!(self.takes_holdings(), "holdings would be lost");
+        self.holdings_out = Some(holdings);
+    }
+
+    /// Whether the last holdings are on their way.
+    pub fn takes_holdings(&self) -> bool {
+        self.holdings_out.is_none()
+    }
+
     /// Any byte came from the other side: it lives.
     pub fn heard(&mut self, now: Instant) {
         self.last_heard = self.last_heard.max(now);
@@ -241,8 +268,12 @@ impl Control {
             Kind::Ping(ping)
         } else if let Some(drain) = self.drain_out.take() {
             Kind::Drain(drain)
+        } else if let Some(update) = self.update_out.take() {
+            Kind::Update(update)
+        } else if let Some(gateway) = self.gateway_out.take() {
+            Kind::Gateway(gateway)
         } else {
-            Kind::Update(self.update_out.take()?)
+            Kind::Holdings(self.holdings_out.take()?)
         };
         Some(messages::Control { kind: Some(kind) })
     }
@@ -348,6 +379,8 @@ fn name(kind: &Kind) -> &'static str {
         Kind::Update(_) => "Update",
         Kind::End(_) => "End",
         Kind::Abort(_) => "Abort",
+        Kind::Holdings(_) => "Holdings",
+        Kind::Gateway(_) => "Gateway",
     }
 }
 
@@ -475,6 +508,34 @@ mod tests {
     }
 
     #[test]
+    fn of_what_a_gateway_says_of_itself_the_last_counts_and_holdings_come_behind_it() {
+        let mut pair = Pair::established();
+        let gateway = |draining| Gateway { id: "gw-a".to_owned(), draining, ..Gateway::default() };
+        let holdings = Holdings { epoch: 3, ..Holdings::default() };
+        assert!(pair.gateway.takes_holdings());
+        pair.gateway.holdings(holdings.clone());
+        assert!(!pair.gateway.takes_holdings());
+        pair.gateway.gateway(gateway(false));
+        pair.gateway.gateway(gateway(true));
+        pair.exchange();
+        assert!(pair.gateway.takes_holdings());
+        assert_eq!(pair.edge.poll_event(), Some(Event::Gateway(gateway(true))));
+        assert_eq!(pair.edge.poll_event(), Some(Event::Holdings(holdings)));
+        assert_eq!(pair.edge.poll_event(), None);
+    }
+
+    #[test]
+    fn holdings_before_the_handshake_are_out_of_turn() {
+        let now = Instant::now();
+        for kind in [Kind::Holdings(Holdings::default()), Kind::Gateway(Gateway::default())] {
+            let name = name(&kind);
+            let mut gateway = Control::acceptor(now, HANDSHAKE);
+            let error = gateway.handle_message(now, messages::Control { kind: Some(kind) }).unwrap_err();
+            assert_eq!(error.to_string(), format!("the far side sent {name} before its Hello"));
+        }
+    }
+
+    #[test]
     fn an_absurd_heartbeat_is_refused() {
         for heartbeat_ms in [0, 1, 61_000] {
             let now = Instant::now();
@@ -495,7 +556,7 @@ mod tests {
     proptest! {
         /// Whatever comes in whatever order, at whatever time: no panic, bounded queues.
         #[test]
-        fn no_sequence_panics(steps in proptest::collection::vec((0..9u8, 0..30_000u64), 0..60), dialer in any::<bool>()) {
+        fn no_sequence_panics(steps in proptest::collection::vec((0..11u8, 0..30_000u64), 0..60), dialer in any::<bool>()) {
             let mut now = Instant::now();
             let mut control = if dialer {
                 Control::dialer(hello(), now, HANDSHAKE, Duration::from_secs(60))
@@ -513,6 +574,8 @@ mod tests {
                     5 => Kind::Drain(Drain::default()),
                     6 => { let _ = control.handle_timeout(now); continue; }
                     7 => { let _ = control.welcome(now, welcome()); continue; }
+                    8 => Kind::Holdings(Holdings::default()),
+                    9 => Kind::Gateway(Gateway::default()),
                     _ => Kind::Abort(Abort::default()),
                 };
                 let _ = control.handle_message(now, messages::Control { kind: Some(kind) });

@@ -113,13 +113,15 @@ fn summary(config: &Config, node: &NodeId) -> String {
         "The configuration is good. This edge would
   be node     {node}
   dial        {} (one at a time; proxy: {})
+  hold        links to {} gateways, or to all if there are fewer
   allow       {rules}
   drain for   {}
   answer at   {admin}
-  hold        at most {} of received data ({} streams x 256KiB + {})
+  use         at most {} for received data on each link ({} streams x 256KiB + {})
 ",
         list(&mut config.gateways.iter().map(ToString::to_string)),
         config.proxy,
+        config.redundancy,
         format_duration(config.drain_timeout),
         Size(config.link.worst_case_memory()),
         config.link.max_streams,

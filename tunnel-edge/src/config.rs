@@ -29,8 +29,12 @@ crate::settings_group! {
     pub struct EdgeSettings in "" {
         /// This node's name in Kubernetes. Default: the one in the client certificate, which it must equal.
         node: Option<NodeId>,
-        /// Gateways to hold links to. Several, or one address of a load balancer before them.
+        /// Where gateways are. One address of a load balancer before them is enough, or several of gateways.
         gateways: List<Target>,
+        /// Gateways to hold links to at one time, each to another one. Which there are, the gateways say.
+        redundancy: usize = "2",
+        /// When there is another gateway, a link may be moved to it: one at a time, each at a random moment within this.
+        rebalance: Duration = "5m",
         /// How gateways are reached: none (directly), an http:// proxy URL, or from-environment (`HTTPS_PROXY` and
         /// `NO_PROXY`).
         proxy: ProxyChoice = "from-environment",
@@ -125,6 +129,10 @@ pub struct Config {
     pub node: Option<NodeId>,
     /// Gateways, at least one.
     pub gateways: Vec<Target>,
+    /// To how many different gateways links are held.
+    pub redundancy: usize,
+    /// Within what time a link is moved to a gateway that suits this edge better.
+    pub rebalance: Duration,
     /// How gateways are reached.
     pub proxy: ProxyChoice,
     /// Credentials.
@@ -276,6 +284,8 @@ impl Settings {
 
     fn check_ranges(&self, problems: &mut Problems) {
         let duration = |value: &Duration| humantime::format_duration(*value);
+        problems.within(&self.edge.redundancy, &(1..=8), usize::to_string);
+        problems.within(&self.edge.rebalance, &(Duration::ZERO..=HOUR * 24), duration);
         problems.within(&self.edge.connect_timeout, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.edge.dial_timeout, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.kubelet.port, &(1..=u16::MAX), u16::to_string);
@@ -298,6 +308,8 @@ impl Settings {
         Config {
             node: self.edge.node.value,
             gateways: self.edge.gateways.value.into_iter().map(|(gateway, _)| gateway).collect(),
+            redundancy: self.edge.redundancy.value,
+            rebalance: self.edge.rebalance.value,
             proxy: self.edge.proxy.value,
             tls,
             server_name: self.tls.server_name.value.map(|name| name.0),

@@ -4,10 +4,11 @@
 //!
 //! 1. [`cli`] and [`config`] turn flags, environment and file into a [`config::Config`] in which everything has been
 //!    checked; [`run`] reads the credentials, opens the admin endpoint and starts the agent.
-//! 2. [`agent`] keeps the node linked, for ever: which gateway, when again after a failure (`backoff`), where to when
-//!    a gateway drains, the renewal of the link when the certificate was rotated (which `credentials` notices), and the
+//! 2. [`agent`] keeps the node linked, for ever, by one `keeper` for each link that it may hold: when to dial again after a
+//!    failure (`backoff`), the renewal of the link when the certificate was rotated (which `credentials` notices), and the
 //!    drain of this process. Losing every gateway never ends it; it only makes
-//!    [`AgentStatus::ready`](status::AgentStatus::ready) say so.
+//!    [`AgentStatus::ready`](status::AgentStatus::ready) say so. `cluster` says where each keeper goes: which gateways
+//!    there are, which are held, where to when one drains or another one comes; `destinations` has the configured addresses.
 //! 3. `uplink` is one attempt: connect, through an HTTP proxy where there is one, TLS, `Hello` and `Welcome`.
 //! 4. `link` serves a link that is up: one task, which owns all streams of the link.
 //! 5. `stream` takes one stream: its header, then [`policy`], which gives a [`policy::Permit`] or says why not; `dial`
@@ -19,10 +20,14 @@
 pub mod agent;
 mod backoff;
 pub mod cli;
+mod cluster;
 pub mod config;
 mod credentials;
 pub mod daemon;
+mod destinations;
 mod dial;
+mod generation;
+mod keeper;
 mod link;
 pub mod metrics;
 pub mod network;

@@ -1,5 +1,5 @@
 //! A link that is up, from the gateway's welcome to its end: hands each new stream to `stream`, follows the gateway's
-//! wishes, drains at shutdown and when there is a newer link. Started by `agent`, one task per link; the task owns all
+//! wishes, drains at shutdown and when there is a newer link. Started by `keeper`, one task per link; the task owns all
 //! streams of its link.
 //!
 //! An end by drain goes in this order: no new streams; running ones finish; at the deadline the rest is stopped, which
@@ -18,11 +18,12 @@ use tunnel_core::{
     Host, Link, LinkError, LinkEvent, LinkHandle,
     proto::{
         clean_text,
-        messages::{Drain, Welcome},
+        messages::{Drain, Update, Welcome},
     },
 };
 
 use crate::{
+    cluster::SharedCluster,
     metrics::Metrics,
     network::Network,
     status::LinkUp,
@@ -31,19 +32,20 @@ use crate::{
 
 /// Streams that were stopped at a deadline have this long to tell the far side.
 const STOP_GRACE: Duration = Duration::from_secs(1);
-/// Streams that the gateway sent before it knew of the newer link have this long to arrive.
+/// The gateways have this long to hear of a newer link before the older one is told to retire, and streams that were sent
+/// before that have it again to arrive.
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
 /// How long streams may run on over a link that a newer one has replaced.
 const RETIREMENT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often the link's round-trip time goes into the metrics.
 const RTT_PERIOD: Duration = Duration::from_secs(5);
 
-/// Where a link is in its life, as its agent sees it. Only ever moves down.
+/// Where a link is in its life, as its keeper sees it. Only ever moves down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Streams come over it.
     Up,
-    /// The gateway sends no new streams, by its own wish or the edge's; old ones run on.
+    /// The gateway will send no new streams, by its own wish or the edge's; old ones run on.
     Draining,
     /// It is gone.
     Ended,
@@ -59,9 +61,18 @@ pub(crate) struct Serving<N: Network> {
     pub(crate) shutdown: CancellationToken,
     /// Cancelled when there is a newer link.
     pub(crate) retire: CancellationToken,
+    /// Its place in the cluster, where there is a use for it.
+    pub(crate) place: Option<Place>,
     pub(crate) drain_timeout: Duration,
     pub(crate) up: LinkUp,
     pub(crate) metrics: Metrics,
+}
+
+/// What a link tells the cluster's keeper of seats.
+pub(crate) struct Place {
+    pub(crate) cluster: SharedCluster,
+    /// The link's number there.
+    pub(crate) link: u64,
 }
 
 /// Serves a link until it has ended, and all its streams with it.
@@ -71,15 +82,18 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
         handle: link.handle(),
         streams: JoinSet::new(),
         own_names: serving.dialing.own_names(&welcome.granted),
+        granted: welcome.granted,
         stop: CancellationToken::new(),
         drain: DrainState::default(),
         serving,
     };
     let end = session.run(&mut link).await;
     let Session { serving, mut streams, drain, stop, .. } = session;
-    let Serving { gateway, phase, up, metrics, shutdown, drain_timeout, .. } = serving;
+    let Serving { gateway, phase, up, metrics, shutdown, drain_timeout, place, .. } = serving;
     let lasted_s = begun.elapsed().as_secs();
-    if drain.leaving {
+    if place.is_none() {
+        debug!(gateway, cause = %end, lasted_s, streams = streams.len(), "link that was not needed closed");
+    } else if drain.leaving {
         info!(gateway, cause = %end, lasted_s, streams = streams.len(), "link closed");
     } else if streams.is_empty() {
         warn!(gateway, cause = %end, lasted_s, "link lost");
@@ -88,6 +102,10 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     }
     metrics.link_lost(end.label());
     up.lost(format!("{gateway}: link lost: {end}"));
+    // Before the keeper hears of it, which asks the cluster then.
+    if let Some(place) = place {
+        place.cluster.lost(place.link);
+    }
     phase.send_replace(Phase::Ended);
     // The link's end has aborted the streams, each with its reason. One that had all its bytes may still hand them to its
     // target, for as long as this process has.
@@ -107,6 +125,7 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
 struct Session<N: Network> {
     handle: LinkHandle,
     streams: JoinSet<()>,
+    granted: Vec<String>,
     own_names: Arc<[Host]>,
     /// Ends every stream.
     stop: CancellationToken,
@@ -120,6 +139,8 @@ struct DrainState {
     leaving: bool,
     /// This process goes.
     shutting_down: bool,
+    /// Streams that the gateway has sent may arrive until then.
+    lingers_until: Option<Instant>,
     /// When streams that still run are stopped; after that, when the link is closed whatever they do.
     deadline: Option<Instant>,
     stopped: bool,
@@ -135,9 +156,11 @@ impl DrainState {
 impl<N: Network> Session<N> {
     async fn run(&mut self, link: &mut Link) -> LinkError {
         let (shutdown, retire) = (self.serving.shutdown.clone(), self.serving.retire.clone());
+        // A link that is not needed was never told of: the others need no time to hear of a newer one.
+        let hearing = if self.serving.place.is_some() { RETIRE_GRACE } else { Duration::ZERO };
         let mut retired = pin!(async move {
             retire.cancelled().await;
-            sleep(RETIRE_GRACE).await;
+            sleep(hearing).await;
         });
         let mut rtt = interval(RTT_PERIOD);
         loop {
@@ -149,15 +172,18 @@ impl<N: Network> Session<N> {
                 event = link.next() => match event {
                     LinkEvent::Stream(incoming) => self.begin_stream(incoming),
                     LinkEvent::Draining(drain) => self.gateway_drains(&drain),
-                    LinkEvent::Updated(update) => {
-                        info!(gateway = self.serving.gateway, granted = ?update.granted, "granted names have changed");
-                        self.own_names = self.serving.dialing.own_names(&update.granted);
-                    }
+                    LinkEvent::Updated(update) => self.updated(&update),
+                    // Between gateways only.
+                    LinkEvent::Holdings(_) | LinkEvent::Gateway(_) => {}
                     LinkEvent::Closed(error) => return error,
                 },
                 Some(ended) = self.streams.join_next() => self.stream_ended(ended),
                 () = sleep_until(self.drain.deadline.unwrap_or_else(Instant::now)), if self.drain.deadline.is_some() => {
                     self.deadline_passed();
+                }
+                () = sleep_until(self.drain.lingers_until.unwrap_or_else(Instant::now)), if self.drain.lingers_until.is_some() => {
+                    self.drain.lingers_until = None;
+                    self.close_if_idle();
                 }
                 () = &mut retired, if !self.drain.leaving => self.retire(),
                 _ = rtt.tick() => self.measure(),
@@ -175,17 +201,31 @@ impl<N: Network> Session<N> {
     /// This process goes: the gateway is told, and streams have until the drain timeout.
     fn leave(&mut self) {
         self.drain.shutting_down = true;
+        // Streams that still come are refused.
+        self.drain.lingers_until = None;
         self.drain_within(self.serving.drain_timeout, "the edge is shutting down");
+    }
+
+    /// Grants or hints have changed; most often only one of them.
+    fn updated(&mut self, update: &Update) {
+        if update.granted != self.granted {
+            info!(gateway = self.serving.gateway, granted = ?update.granted, "granted names have changed");
+            self.own_names = self.serving.dialing.own_names(&update.granted);
+            self.granted.clone_from(&update.granted);
+        }
+        if let Some(place) = &self.serving.place {
+            place.cluster.updated(place.link, &update.gateways);
+        }
     }
 
     /// There is a newer link. What runs over this one, such as the following of a log, is not to be cut because a
     /// certificate was rotated: it goes on to its own end. kube-apiserver's connections to a kubelet may well last for weeks.
     fn retire(&mut self) {
-        info!(
-            gateway = self.serving.gateway,
-            streams = self.streams.len(),
-            "a newer link takes over; this one ends with its last stream"
-        );
+        let (gateway, streams) = (&self.serving.gateway, self.streams.len());
+        if self.serving.place.is_some() {
+            info!(gateway, streams, "a newer link takes over; this one ends with its last stream");
+        }
+        self.drain.lingers_until = Some(Instant::now() + RETIRE_GRACE);
         self.serving.up.retires();
         self.serving.phase.send_replace(Phase::Draining);
         self.drain_within(RETIREMENT, "the edge has a newer link");
@@ -198,19 +238,20 @@ impl<N: Network> Session<N> {
         self.close_if_idle();
     }
 
-    /// The gateway goes: the agent is told to look for another one, while streams have as long as the gateway says.
+    /// The gateway goes: the keeper is told to look for another one, while streams have as long as the gateway says.
     fn gateway_drains(&mut self, drain: &Drain) {
         let time_left = Duration::from_millis(drain.deadline_ms.into());
-        info!(
-            gateway = self.serving.gateway,
-            reason = drain.reason,
-            streams = self.streams.len(),
-            deadline_s = time_left.as_secs(),
-            "the gateway drains; moving to another one"
-        );
+        let (reason, gateway) = (clean_text(&drain.reason), &self.serving.gateway);
+        if *self.serving.phase.borrow() == Phase::Up && self.serving.place.is_some() {
+            let (streams, deadline_s) = (self.streams.len(), time_left.as_secs());
+            info!(gateway, reason, streams, deadline_s, "the gateway drains; looking for another one");
+        }
         self.drain.ends_by(Instant::now() + time_left);
-        let cause = format!("{}: the gateway drains: {}", self.serving.gateway, clean_text(&drain.reason));
+        let cause = format!("{gateway}: the gateway drains: {reason}");
         self.serving.up.drains(cause);
+        if let Some(place) = &self.serving.place {
+            place.cluster.draining(place.link);
+        }
         self.serving.phase.send_replace(Phase::Draining);
     }
 
@@ -222,7 +263,7 @@ impl<N: Network> Session<N> {
     }
 
     fn close_if_idle(&mut self) {
-        if self.drain.leaving && self.streams.is_empty() {
+        if self.drain.leaving && self.streams.is_empty() && self.drain.lingers_until.is_none() {
             self.handle.close("drained");
             self.drain.deadline = None;
         }

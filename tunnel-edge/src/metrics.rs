@@ -1,4 +1,4 @@
-//! Every metric of an edge, in one struct, so that one look shows what is measured. Fed by `agent`, `credentials` and
+//! Every metric of an edge, in one struct, so that one look shows what is measured. Fed by `agent`, `cluster`, `credentials` and
 //! `stream`, encoded by the admin endpoint. All label values come from fixed lists: nothing a far side says becomes a label.
 
 use std::{sync::atomic::AtomicU64, time::Duration};
@@ -33,6 +33,14 @@ struct Direction {
 pub struct Metrics {
     /// Links that are up, those that drain among them.
     pub(crate) links: Gauge,
+    /// Links that this edge should hold: to as many gateways as `redundancy` says, or to all.
+    pub(crate) links_wanted: Gauge,
+    /// Gateways that a link is up to and that do not drain.
+    pub(crate) gateways_linked: Gauge,
+    /// Gateways that this edge knows of.
+    pub(crate) gateways_known: Gauge,
+    /// Links that were moved to a gateway that suits this edge better.
+    pub(crate) links_moved: Counter,
     /// Smoothed round-trip time of the newest link's heartbeats.
     pub(crate) rtt: Gauge<f64, AtomicU64>,
     /// Streams that are being relayed.
@@ -54,6 +62,10 @@ impl Metrics {
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             links: Gauge::default(),
+            links_wanted: Gauge::default(),
+            gateways_linked: Gauge::default(),
+            gateways_known: Gauge::default(),
+            links_moved: Counter::default(),
             rtt: Gauge::default(),
             streams_active: Gauge::default(),
             streams_opened: Counter::default(),
@@ -67,6 +79,22 @@ impl Metrics {
         };
         let edge = registry.sub_registry_with_prefix("tunnel_edge");
         edge.register("links", "Links that are up, draining ones included", metrics.links.clone());
+        edge.register("links_wanted", "Links that this edge should hold", metrics.links_wanted.clone());
+        edge.register(
+            "gateways_linked",
+            "Gateways that a link is up to and that do not drain",
+            metrics.gateways_linked.clone(),
+        );
+        edge.register(
+            "gateways_known",
+            "Gateways of the cluster, as the gateways say",
+            metrics.gateways_known.clone(),
+        );
+        edge.register(
+            "links_moved",
+            "Links that were moved to a gateway that suits this edge better",
+            metrics.links_moved.clone(),
+        );
         edge.register_with_unit(
             "rtt",
             "Smoothed round-trip time to the gateway of the newest link",
@@ -149,5 +177,6 @@ fn refusal_label(code: RefusalCode) -> &'static str {
         RefusalCode::Unsupported => "unsupported",
         RefusalCode::Internal => "internal",
         RefusalCode::NoSuchNode => "no_such_node",
+        RefusalCode::LinkLost => "link_lost",
     }
 }

@@ -1,4 +1,4 @@
-//! Whether an edge is connected: written by `agent` and `link`, read by the readiness probe of the admin endpoint.
+//! Whether an edge is connected: written by `keeper` and `link`, read by the readiness probe of the admin endpoint.
 
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ pub struct AgentStatus(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
-    /// Links that new streams may come over; one that drains only serves the old ones, and does not count.
+    /// Links that new streams may come over. One whose gateway drains is among them, until there is another in its place or
+    /// it ends: as long as the gateway has no other way to the node, it goes on to use it.
     links: usize,
     /// When `links` last became zero.
     since: Instant,
@@ -39,11 +40,16 @@ impl AgentStatus {
         self.0.lock().last_error = Some(cause);
     }
 
-    /// Counts a link until the returned value is dropped, in the metrics, and here until its gateway drains.
+    /// Links that new streams may come over.
+    pub(crate) fn links(&self) -> usize {
+        self.0.lock().links
+    }
+
+    /// Counts a link until the returned value is dropped, in the metrics, and here until a newer one takes over.
     pub(crate) fn link_up(&self, metrics: &Metrics) -> LinkUp {
         self.0.lock().links += 1;
         metrics.links.inc();
-        LinkUp { status: self.clone(), metrics: metrics.clone(), serving: true }
+        LinkUp { status: self.clone(), metrics: metrics.clone(), serving: true, draining: false }
     }
 }
 
@@ -54,13 +60,14 @@ pub(crate) struct LinkUp {
     metrics: Metrics,
     /// Whether new streams may come over it.
     serving: bool,
+    draining: bool,
 }
 
 impl LinkUp {
-    /// No new streams come over the link, because of `cause`.
+    /// No new streams will come over the link soon, because of `cause`.
     pub(crate) fn drains(&mut self, cause: String) {
         self.status.failed(cause);
-        self.stop_serving();
+        self.draining = true;
     }
 
     /// No new streams come over the link, since there is a newer one.
@@ -76,9 +83,9 @@ impl LinkUp {
         }
     }
 
-    /// The link has ended, because of `cause`. If it served no more, that is not why there is no other.
+    /// The link has ended, because of `cause`. If it was to end anyhow, that is not why there is no other.
     pub(crate) fn lost(self, cause: String) {
-        if self.serving {
+        if self.serving && !self.draining {
             self.status.failed(cause);
         }
     }
@@ -108,5 +115,15 @@ mod tests {
         old.lost("its last stream has ended".to_owned());
         assert!(status.ready().unwrap_err().ends_with("s: cut"), "{:?}", status.ready());
         assert_eq!(metrics.links.get(), 0);
+    }
+
+    #[test]
+    fn a_link_whose_gateway_drains_counts_until_it_ends_and_is_why_there_is_none() {
+        let (status, metrics) = (AgentStatus::new(), Metrics::new(&mut Registry::default()));
+        let mut only = status.link_up(&metrics);
+        only.drains("the gateway drains".to_owned());
+        assert_eq!((status.ready(), status.links()), (Ok(()), 1));
+        only.lost("its last stream has ended".to_owned());
+        assert!(status.ready().unwrap_err().ends_with("s: the gateway drains"), "{:?}", status.ready());
     }
 }

@@ -1,5 +1,5 @@
 //! One attempt to get a link: connect to a gateway, through an HTTP proxy where the environment asks for one, then
-//! TLS, then [`Link::connect`]. Called by `agent`, which decides where to and how often.
+//! TLS, then [`Link::connect`]. Called by `keeper`, which knows where to and how often.
 
 use std::{future::Future, io, time::Duration};
 
@@ -103,6 +103,7 @@ impl UplinkError {
                 RejectCode::Overloaded => "rejected_overloaded",
                 RejectCode::Draining => "rejected_draining",
                 RejectCode::Malformed => "rejected_malformed",
+                RejectCode::SameGateway => "rejected_same_gateway",
             },
             Self::TimedOut { .. } => "timeout",
         }
@@ -121,6 +122,11 @@ impl UplinkError {
             }
             Self::ServerName(_) | Self::Alpn => true,
         }
+    }
+
+    /// The gateway is about to leave: behind a load balancer, the next attempt may lead to another.
+    pub(crate) fn is_drain(&self) -> bool {
+        matches!(self, Self::Link(ConnectError::Rejected(reject)) if reject.code() == RejectCode::Draining)
     }
 
     /// How long the gateway asks this side to stay away.
@@ -145,21 +151,21 @@ pub(crate) struct Destination {
 pub(crate) struct Uplink {
     pub(crate) tls: ClientTls,
     pub(crate) proxies: Proxies,
-    /// For everything from the first lookup to the gateway's welcome.
-    pub(crate) timeout: Duration,
     pub(crate) link: LinkConfig,
 }
 
 impl Uplink {
-    /// Makes one attempt, with the credentials as they are at its first poll. Cancel-safe: dropping the future drops the
+    /// Makes one attempt, with the credentials as they are at its first poll; everything from the first lookup to the
+    /// gateway's welcome takes no longer than `timeout`. Cancel-safe: dropping the future drops the
     /// connection.
     pub(crate) async fn connect(
         &self,
         network: &impl Network,
         gateway: &Destination,
         hello: Hello,
+        timeout: Duration,
     ) -> Result<(Link, Welcome), UplinkError> {
-        let limit = Limit { after: self.timeout, at: Instant::now() + self.timeout };
+        let limit = Limit { after: timeout, at: Instant::now() + timeout };
         let Destination { address, .. } = gateway;
         let tls = self.tls.connector();
         let Some(proxy) = self.proxies.proxy_for(address) else {
@@ -203,7 +209,8 @@ impl Uplink {
     }
 }
 
-fn server_name(host: &Host) -> Result<ServerName<'static>, UplinkError> {
+/// The name that a gateway's certificate must be for, where only its host is known.
+pub(crate) fn server_name(host: &Host) -> Result<ServerName<'static>, UplinkError> {
     match host {
         Host::Ip(address) => Ok((*address).into()),
         Host::Name(name) => {

@@ -46,6 +46,39 @@ async fn a_link_goes_through_the_proxy_that_was_asked_politely() {
 }
 
 #[tokio::test]
+async fn gateways_own_addresses_are_reached_through_the_proxy_too() {
+    let pki = Pki::new();
+    let (mut first, mut second) = (Gateway::bind(pki.gateway()).await, Gateway::bind(pki.gateway()).await);
+    (first.id, second.id) = ("gateway-a".to_owned(), "gateway-b".to_owned());
+    first.hints = vec![first.hint(), second.hint()];
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut config = config(pki.node("edge-a"), &[first.address()], &[]);
+    config.proxy = through(proxy.local_addr().unwrap(), None);
+    let _running = Running::start(config);
+    let forward = async {
+        let mut tunnels = tokio::task::JoinSet::new();
+        for gateway in [&first, &second] {
+            let (mut inside, _) = timeout(LIMIT, proxy.accept()).await.unwrap().unwrap();
+            let address = gateway.address();
+            assert!(head(&mut inside).await.starts_with(&format!("CONNECT {address} HTTP/1.1\r\n")));
+            inside.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await.unwrap();
+            let mut outside = TcpStream::connect(address).await.unwrap();
+            tunnels.spawn(async move { copy_bidirectional(&mut inside, &mut outside).await });
+        }
+        tunnels.join_next().await;
+        panic!("a link ended early");
+    };
+    let links = async {
+        let one = first.accept().await;
+        (one, second.accept().await)
+    };
+    tokio::select! {
+        (one, two) = links => assert_eq!(one.hello.instance_id, two.hello.instance_id),
+        () = forward => {}
+    }
+}
+
+#[tokio::test]
 async fn what_a_proxy_answers_instead_is_told_with_its_name() {
     let pki = Pki::new();
     let long = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(10_000));

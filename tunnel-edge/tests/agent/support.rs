@@ -19,8 +19,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
-    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest,
-    proto::messages::{Hello, Welcome},
+    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink,
+    proto::messages::{Gateway as Hint, Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -158,6 +158,15 @@ pub(crate) struct Gateway {
     listener: TcpListener,
     tls: ServerTls,
     pub(crate) link: LinkConfig,
+    /// What its welcomes say.
+    pub(crate) id: String,
+    pub(crate) hints: Vec<Hint>,
+}
+
+/// An edge that has said hello.
+pub(crate) struct Pending {
+    pub(crate) link: PendingLink,
+    certificate: Vec<u8>,
 }
 
 impl Gateway {
@@ -167,11 +176,16 @@ impl Gateway {
 
     pub(crate) fn on(listener: TcpListener, files: Files) -> Self {
         let tls = ServerTls::load(Domain::Edge, files).unwrap();
-        Self { listener, tls, link: LinkConfig::default() }
+        Self { listener, tls, link: LinkConfig::default(), id: String::new(), hints: Vec::new() }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.listener.local_addr().unwrap()
+    }
+
+    /// How other gateways speak of it.
+    pub(crate) fn hint(&self) -> Hint {
+        Hint { id: self.id.clone(), edge_address: self.address().to_string(), draining: false }
     }
 
     /// The next link that comes up.
@@ -181,17 +195,37 @@ impl Gateway {
 
     /// The next connection: a link, or why TLS failed.
     pub(crate) async fn try_accept(&self) -> io::Result<GatewayLink> {
+        Ok(self.welcome(self.pending().await?))
+    }
+
+    /// The next connection, as far as its hello, or why TLS failed.
+    pub(crate) async fn pending(&self) -> io::Result<Pending> {
         let accept = async {
             let (stream, _) = self.listener.accept().await.unwrap();
             let stream = self.tls.acceptor().accept(stream).await?;
             let certificate = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
-            let pending = Link::accept(stream, self.link).await.unwrap();
-            let hello = pending.hello().clone();
-            let granted = vec![hello.node_claim.clone(), "192.168.7.7".to_owned(), "10.0.0.0/8".to_owned()];
-            let welcome = Welcome { version: 1, heartbeat_ms: 1000, granted, ..Welcome::default() };
-            Ok(GatewayLink::new(pending.welcome(welcome).unwrap(), hello, certificate))
+            Ok(Pending { link: Link::accept(stream, self.link).await.unwrap(), certificate })
         };
         timeout(LIMIT, accept).await.expect("no edge came")
+    }
+
+    pub(crate) fn welcome(&self, pending: Pending) -> GatewayLink {
+        self.welcome_as(&self.id, pending)
+    }
+
+    /// As one of several gateways behind this address.
+    pub(crate) fn welcome_as(&self, id: &str, pending: Pending) -> GatewayLink {
+        let Pending { link, certificate } = pending;
+        let hello = link.hello().clone();
+        let welcome = Welcome {
+            version: 1,
+            heartbeat_ms: 1000,
+            granted: granted(&hello.node_claim),
+            gateway_id: id.to_owned(),
+            gateways: self.hints.clone(),
+            ..Welcome::default()
+        };
+        GatewayLink::new(link.welcome(welcome).unwrap(), hello, certificate)
     }
 
     /// One connection that gets as far as TLS, which may fail.
@@ -199,6 +233,10 @@ impl Gateway {
         let (stream, _) = self.listener.accept().await?;
         self.tls.acceptor().accept(stream).await.map(drop)
     }
+}
+
+pub(crate) fn granted(node: &str) -> Vec<String> {
+    vec![node.to_owned(), "192.168.7.7".to_owned(), "10.0.0.0/8".to_owned()]
 }
 
 /// The gateway's end of a link. Dropping it cuts the link.
@@ -253,6 +291,8 @@ pub(crate) fn config(tls: Files, gateways: &[SocketAddr], allow: &[String]) -> C
     Config {
         node: None,
         gateways: gateways.iter().map(|address| (*address).into()).collect(),
+        redundancy: 2,
+        rebalance: Duration::from_secs(3600),
         proxy: ProxyChoice::Direct,
         tls,
         server_name: None,

@@ -13,7 +13,7 @@ use tunnel_edge::daemon::settings::{Flags, Size, environment};
 
 pub use pki::PkiCommand;
 
-use crate::config::{Config, Settings};
+use crate::config::{Config, Finding, PeersConfig, Settings};
 
 /// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, and the window of an
 /// HTTP/2 stream.
@@ -144,6 +144,7 @@ fn summary(config: &Config) -> String {
     let unix = ingress.unix.as_ref().map(|unix| format!("{} (mode {:04o})", unix.path.display(), unix.mode));
     let listeners = [tcp, unix].into_iter().flatten().collect::<Vec<_>>().join(", ");
     let admin = config.admin.map_or_else(|| "off".to_owned(), |address| format!("http://{address}"));
+    let peers = config.peers.as_ref().map_or_else(|| "nowhere: it is the only gateway".to_owned(), meeting);
     let cluster = config.cluster.as_ref();
     let cluster = cluster.map(|access| format!(" and the cluster's nodes ({access})")).unwrap_or_default();
     format!(
@@ -151,10 +152,11 @@ fn summary(config: &Config) -> String {
   be gateway       {}
   take edges at    {} ({} links, {} a node)
   take clients at  {listeners}
+  meet gateways    {peers}
   carry            {} streams over {} connections, at most {} over one
   route            by node name, then by its grants{cluster}
   beat             every {}
-  drain for        {}
+  drain for        {} after a delay of {}
   answer at        {admin}
 {}",
         config.gateway_id,
@@ -166,8 +168,23 @@ fn summary(config: &Config) -> String {
         ingress.max_streams_per_connection,
         format_duration(config.heartbeat),
         format_duration(config.drain_timeout),
+        format_duration(config.drain_delay),
         memory(config),
     )
+}
+
+/// Where a gateway and the others of its cluster meet.
+fn meeting(peers: &PeersConfig) -> String {
+    let how = match &peers.finding {
+        Finding::List(list) => {
+            list.iter().map(|member| member.address.to_string()).collect::<Vec<_>>().join(", ")
+        }
+        Finding::Etcd(etcd, own) => {
+            let endpoints: Vec<String> = etcd.endpoints.iter().map(ToString::to_string).collect();
+            format!("etcd at {}, as {}", endpoints.join(", "), own.address)
+        }
+    };
+    format!("at {}, and find them by {how}", peers.listen)
 }
 
 /// The worst case: everything that the limits allow is there at once, and nobody reads.

@@ -3,6 +3,7 @@
 
 mod grant;
 mod kubeconfig;
+mod peers;
 
 use std::{
     fmt, fs,
@@ -12,12 +13,11 @@ use std::{
 };
 
 use tunnel_core::{
-    GatewayId, LinkConfig,
+    GatewayId, LinkConfig, Target,
     tls::{Domain, Files, ServerTls},
 };
 use tunnel_edge::{
     daemon::{
-        DrainSettings,
         log::{LogConfig, LogSettings},
         settings::{List, OrNone, Parse, Problems, Size, not_expected},
     },
@@ -26,8 +26,9 @@ use tunnel_edge::{
 
 pub use grant::{Grant, HostName};
 pub use kubeconfig::Kubeconfig;
+pub use peers::{Finding, PeerName, PeersConfig, PeersSettings};
 
-use crate::{cluster::Access, grants::Grants};
+use crate::{cluster::Access, directory::etcd::settings::EtcdSettings, grants::Grants};
 
 settings_group! {
     /// Gateway (who it is, and which nodes serve what)
@@ -62,6 +63,9 @@ settings_group! {
         key: Option<PathBuf>,
         /// PEM file with the CA certificates that edges' client certificates must come from.
         client_ca: Option<PathBuf>,
+        /// HOST:PORT where edges can reach this very gateway, if they can. Edges that come by a load balancer are told, and
+        /// find the other gateways by it.
+        address: Option<Target>,
         /// Links at one time, all nodes together. More are refused, but for one more of each node that has a link: an edge
         /// makes its new link before it drains the old one.
         max_links: usize = "10000",
@@ -127,6 +131,18 @@ settings_group! {
     }
 }
 
+settings_group! {
+    /// Drain (the end of a gateway, in good order)
+    pub struct DrainSettings in "drain" {
+        /// How long requests are still taken after the first SIGTERM or SIGINT, while /readyz fails already and edges are
+        /// told to connect elsewhere. As long as load balancers need to notice, if there are several gateways.
+        delay: Duration = "0s",
+        /// How long running streams may go on after that. No new work is taken in that time; what is left at its end is
+        /// reset. A second signal ends it at once.
+        timeout: Duration = "30s",
+    }
+}
+
 settings! {
     /// Everything that a gateway can be told.
     pub struct Settings for Config, variables "TUNNEL_SERVER" {
@@ -134,6 +150,8 @@ settings! {
         kubernetes: KubernetesSettings,
         edges: EdgesSettings,
         ingress: IngressSettings,
+        peers: PeersSettings,
+        etcd: EtcdSettings,
         link: LinkSettings,
         drain: DrainSettings,
         admin: AdminSettings,
@@ -154,11 +172,15 @@ pub struct Config {
     pub edges: Edges,
     /// The private side.
     pub ingress: Ingress,
+    /// The other gateways, if it is one of several.
+    pub peers: Option<PeersConfig>,
     /// Heartbeat period that edges are told.
     pub heartbeat: Duration,
     /// Limits of each link to an edge.
     pub link: LinkConfig,
-    /// How long streams may go on after the first signal.
+    /// How long requests are still taken after the first signal.
+    pub drain_delay: Duration,
+    /// How long streams may go on after that.
     pub drain_timeout: Duration,
     /// Where the admin listener is, if anywhere.
     pub admin: Option<SocketAddr>,
@@ -173,6 +195,8 @@ pub struct Edges {
     pub listen: SocketAddr,
     /// Credentials, and the CA of edges.
     pub tls: Files,
+    /// Where edges reach this very gateway, if they can.
+    pub address: Option<Target>,
     /// Links at one time.
     pub max_links: usize,
     /// Links at one time of any one node.
@@ -270,12 +294,14 @@ impl Settings {
         let gateway_id = self.gateway_id(problems);
         let edges = self.edges(problems);
         let ingress = self.ingress(problems);
+        let peers = self.peers.config(&self.etcd, problems);
         Some(Config {
             gateway_id: gateway_id?,
             grants: grant::table(self.gateway.grants.value),
             cluster: self.kubernetes.kubeconfig.value.into_access(),
             edges: edges?,
             ingress: ingress?,
+            peers,
             heartbeat: self.link.heartbeat.value,
             link: LinkConfig {
                 handshake_timeout: self.edges.handshake_timeout.value,
@@ -285,6 +311,7 @@ impl Settings {
                 accept_streams: false,
                 ..LinkConfig::default()
             },
+            drain_delay: self.drain.delay.value,
             drain_timeout: self.drain.timeout.value,
             admin: self.admin.listen.value.into_option(),
             log: self.log.into(),
@@ -306,6 +333,7 @@ impl Settings {
         problems.within(&self.link.heartbeat, &(Duration::from_millis(100)..=HOUR), duration);
         problems.within(&self.link.max_streams, &(1..=65_536), usize::to_string);
         problems.within(&self.link.receive_window, &(Size(0)..=Size(4 << 30)), |size| *size);
+        problems.within(&self.drain.delay, &(Duration::ZERO..=HOUR), duration);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
     }
 
@@ -320,7 +348,14 @@ impl Settings {
                 format!("{edges} is where edges connect (edges.listen): use another port"),
             );
         }
+        let peers = self.peers.listen.value.into_option();
         for (other, key) in [(Some(edges), "edges.listen"), (ingress, "ingress.listen")] {
+            if peers.zip(other).is_some_and(|(peers, other)| clash(peers, other)) {
+                problems.at(&self.peers.listen, format!("the port is that of {key} too: use another"));
+            }
+        }
+        let others = [(Some(edges), "edges.listen"), (ingress, "ingress.listen"), (peers, "peers.listen")];
+        for (other, key) in others {
             if admin.zip(other).is_some_and(|(admin, other)| clash(admin, other)) {
                 problems.at(&self.admin.listen, format!("the port is that of {key} too: use another"));
             }
@@ -353,6 +388,7 @@ impl Settings {
         Some(Edges {
             listen: *self.edges.listen,
             tls: Files { cert: cert?, key: key?, ca: ca? },
+            address: self.edges.address.value.clone(),
             max_links: *self.edges.max_links,
             max_links_per_node: *self.edges.max_links_per_node,
             handshake_timeout: *self.edges.handshake_timeout,
@@ -409,6 +445,7 @@ impl Config {
         let sides = [
             ("edges", Domain::Edge, Some(&self.edges.tls)),
             ("ingress", Domain::ControlPlane, self.ingress.tcp.as_ref().map(|tcp| &tcp.tls)),
+            ("peers", Domain::Peer, self.peers.as_ref().map(|peers| &peers.tls)),
         ];
         let check = |(group, domain, files): (&str, Domain, Option<&Files>)| {
             let error = ServerTls::load(domain, files?.clone()).err()?;
@@ -416,6 +453,10 @@ impl Config {
         };
         let mut problems: Vec<String> = sides.into_iter().filter_map(check).collect();
         problems.extend(self.shared_ca());
+        // A listener's problem is the client's too, and need not be said twice.
+        if problems.is_empty() {
+            problems.extend(self.peers.iter().flat_map(PeersConfig::check));
+        }
         let cluster = self.cluster.as_ref().and_then(|access| access.check().err());
         problems.extend(cluster.map(|error| format!("kubernetes.kubeconfig: {error}")));
         if problems.is_empty() { Ok(()) } else { Err(problems) }

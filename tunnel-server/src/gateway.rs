@@ -1,31 +1,43 @@
 //! Builds all parts of a gateway and owns every task of it. Called by the binary ([`crate::run`]), by `dev`, and by the
 //! simulation, which brings doors of its own: all of them run the very same gateway.
 //!
-//! How it ends ([`Gateway::run`]): readiness fails and the doors close; the edges are told to go elsewhere; streams go
-//! on until the drain timeout; what is left is aborted; then the links are closed. Each step waits for its tasks.
+//! How it ends ([`Gateway::run`]): readiness fails, the edges' door closes, and the edges are told to connect elsewhere;
+//! requests are still taken for the drain delay, until load balancers have noticed; then the control plane's doors close,
+//! and streams go on until the drain timeout, or until the edges have left; what is left is aborted; then the links are
+//! closed. Each step waits for its tasks.
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::{
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
-use tunnel_core::{GatewayId, LinkConfig, tls::ServerTls};
+use tunnel_core::{
+    GatewayId, InstanceId, LinkConfig, Target,
+    tls::{ClientTls, ServerTls, TlsError},
+};
 
 use crate::{
     cluster::{Access, ClusterWatch},
+    directory::{Directory, Memory, etcd::Etcd, peers::Peers},
     edges::{
         EdgeDoor, EdgeSettings,
+        held::News,
         registry::{LinkLimits, Registry},
     },
     grants::{Grants, SharedGrants},
     ingress::{Ingress, IngressSettings},
     listener::{Accept, accept_loop, report_panic},
     metrics::Metrics,
+    peers::{
+        Dial, Member, discovery,
+        door::PeerDoor,
+        mesh::{Mesh, Own},
+    },
     route::Router,
 };
 
@@ -34,6 +46,9 @@ const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 /// How long after its start a gateway is not ready while it does not know the cluster's nodes. Not longer: were the API
 /// server away, no gateway at all would be ready, although nodes are reached by their names without it.
 const NODES_AWAITED: Duration = Duration::from_secs(10);
+/// How long after its start a gateway is not ready while others have not told it which nodes they hold: before that it
+/// would not know them.
+const PEERS_AWAITED: Duration = Duration::from_secs(5);
 /// How long aborted streams and closed links may take to say their last words.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -66,10 +81,49 @@ pub struct GatewaySettings {
     pub max_streams_per_connection: u32,
     /// Names of client certificates that may send requests; empty: every certificate of the control plane's CA.
     pub allowed_clients: BTreeSet<String>,
-    /// How long running streams may go on after the gateway was told to leave.
+    /// How long requests are still taken after the gateway was told to leave.
+    pub drain_delay: Duration,
+    /// How long running streams may go on after that.
     pub drain_timeout: Duration,
     /// Random: sets the ids of its requests apart from those of others.
     pub request_seed: u32,
+}
+
+/// What a gateway that is one of several can be told besides.
+#[derive(Clone, Debug)]
+pub struct PeerSettings {
+    /// Random: tells this process from others of the same name.
+    pub instance: u128,
+    /// Where edges reach this very gateway, if they can.
+    pub edge_address: Option<Target>,
+    /// Heartbeat period of the links between gateways.
+    pub heartbeat: Duration,
+    /// Limits of one such link. Whether streams are accepted, and the time of its handshake, are the gateway's own.
+    pub link: LinkConfig,
+    /// Links of peers at one time.
+    pub max_links: usize,
+}
+
+impl PeerSettings {
+    /// Sensible limits, for edges that come by a load balancer only.
+    pub fn new(instance: u128) -> Self {
+        Self {
+            instance,
+            edge_address: None,
+            heartbeat: Duration::from_secs(3),
+            link: LinkConfig { max_streams: 4096, window_budget: 64 << 20, ..LinkConfig::default() },
+            max_links: 256,
+        }
+    }
+}
+
+/// How gateways find one another, and tell which nodes they hold.
+#[derive(Debug)]
+pub(crate) enum Meeting {
+    /// By a list; they tell one another over their links.
+    List(Vec<Member>),
+    /// Through etcd.
+    Etcd(Arc<Etcd>),
 }
 
 impl GatewaySettings {
@@ -89,6 +143,7 @@ impl GatewaySettings {
             max_streams: 4096,
             max_streams_per_connection: 250,
             allowed_clients: BTreeSet::new(),
+            drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             request_seed: 0,
         }
@@ -107,12 +162,17 @@ pub struct Gateway {
     ingress_places: Arc<Semaphore>,
     edge_places: Arc<Semaphore>,
     stages: Stages,
+    router: Router,
+    peering: Option<Peering>,
     ingress_doors: Vec<Task>,
     edge_doors: Vec<Task>,
-    credentials: Vec<ServerTls>,
+    peer_tasks: Vec<Task>,
+    credentials: Vec<Credentials>,
     cluster: Option<Task>,
     /// Until when the cluster's nodes are waited for.
     nodes_awaited: Option<Instant>,
+    /// Until when the other gateways' word is waited for.
+    peers_awaited: Option<Instant>,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -121,10 +181,28 @@ impl std::fmt::Debug for Gateway {
     }
 }
 
+/// A gateway's part among several.
+struct Peering {
+    settings: PeerSettings,
+    own: Own,
+    mesh: Arc<Mesh>,
+    meeting: Meeting,
+    /// How many streams of peers are being handed on.
+    forwarding: watch::Sender<usize>,
+}
+
+/// Credentials that are read again when their files change.
+enum Credentials {
+    Server(ServerTls),
+    Client(ClientTls),
+}
+
 /// How far a gateway has come on its way out; each is a signal to all tasks that it concerns.
 #[derive(Clone, Debug, Default)]
 struct Stages {
-    /// No new connections, links and requests.
+    /// Edges shall go elsewhere, and load balancers send nothing more here.
+    leaving: CancellationToken,
+    /// No new connections and requests.
     draining: CancellationToken,
     /// Streams that still run are aborted.
     aborting: CancellationToken,
@@ -135,16 +213,22 @@ struct Stages {
 /// Tells whether a gateway takes new work. Cheap to clone; outlives the gateway.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    draining: CancellationToken,
+    leaving: CancellationToken,
     grants: SharedGrants,
     nodes_awaited: Option<Instant>,
+    /// The other gateways, and until when they are waited for.
+    peers_awaited: Option<(Arc<Mesh>, Instant)>,
 }
 
 impl Readiness {
     /// Why not, in one line.
     pub fn check(&self) -> Result<(), String> {
-        if self.draining.is_cancelled() {
+        if self.leaving.is_cancelled() {
             return Err("draining: this gateway is about to leave".to_owned());
+        }
+        let awaited = |(mesh, until): &(Arc<Mesh>, Instant)| !mesh.has_heard() && Instant::now() < *until;
+        if self.peers_awaited.as_ref().is_some_and(awaited) {
+            return Err("the other gateways have not told yet which nodes they hold".to_owned());
         }
         match self.grants.load().unread() {
             Some(cause) if self.nodes_awaited.is_some_and(|until| Instant::now() < until) => {
@@ -156,17 +240,68 @@ impl Readiness {
 }
 
 impl Gateway {
-    /// A gateway without doors. Its metrics are registered in `metrics`.
+    /// A gateway without doors, and the only one. Its metrics are registered in `metrics`.
     pub fn new(settings: GatewaySettings, metrics: &mut MetricsRegistry) -> Self {
-        let metrics = Metrics::new(metrics);
+        Self::build(settings, None, Metrics::new(metrics))
+    }
+
+    /// A gateway without doors, one of several, which find one another by a list of where each listens for the others.
+    /// The list may name this one as well.
+    pub fn among_peers(
+        settings: GatewaySettings,
+        peers: PeerSettings,
+        list: Vec<Member>,
+        metrics: &mut MetricsRegistry,
+    ) -> Self {
+        Self::build(settings, Some((peers, Meeting::List(list))), Metrics::new(metrics))
+    }
+
+    /// As [`Self::among_peers`], for gateways that find one another through etcd.
+    pub(crate) fn by_etcd(
+        settings: GatewaySettings,
+        peers: PeerSettings,
+        etcd: Arc<Etcd>,
+        metrics: &mut MetricsRegistry,
+    ) -> Self {
+        Self::build(settings, Some((peers, Meeting::Etcd(etcd))), Metrics::new(metrics))
+    }
+
+    fn build(settings: GatewaySettings, peers: Option<(PeerSettings, Meeting)>, metrics: Metrics) -> Self {
         let stages = Stages::default();
         let grants = SharedGrants::new(settings.grants.clone());
         let registry = Registry::new(settings.links, metrics.clone());
-        let router =
-            Router::new(registry.clone(), grants.clone(), settings.dial_timeout, settings.max_streams);
+        let directory: Arc<dyn Directory> = match &peers {
+            None => Arc::new(Memory),
+            Some((_, Meeting::List(_))) => Arc::new(Peers::default()),
+            Some((_, Meeting::Etcd(etcd))) => etcd.clone(),
+        };
+        let peering = peers.map(|(peers, meeting)| {
+            let own = Own {
+                gateway: settings.gateway_id.clone(),
+                instance: InstanceId::from_random(peers.instance),
+                edge_address: peers.edge_address.clone(),
+                leaving: stages.leaving.clone(),
+            };
+            let link = LinkConfig {
+                handshake_timeout: settings.handshake_timeout,
+                accept_streams: false,
+                ..peers.link
+            };
+            let mesh =
+                Mesh::new(own.clone(), directory.clone(), link, settings.handshake_timeout, metrics.clone());
+            Peering { settings: peers, own, mesh, meeting, forwarding: watch::Sender::new(0) }
+        });
+        let router = Router::new(
+            registry.clone(),
+            grants.clone(),
+            (directory, peering.as_ref().map(|peering| peering.mesh.clone())),
+            settings.dial_timeout,
+            settings.max_streams,
+            metrics.clone(),
+        );
         let ingress = Ingress::new(
             ingress_settings(&settings),
-            router,
+            router.clone(),
             metrics.clone(),
             stages.draining.clone(),
             stages.aborting.clone(),
@@ -182,11 +317,15 @@ impl Gateway {
             settings,
             metrics,
             stages,
+            router,
+            peering,
             ingress_doors: Vec::new(),
             edge_doors: Vec::new(),
+            peer_tasks: Vec::new(),
             credentials: Vec::new(),
             cluster: None,
             nodes_awaited: None,
+            peers_awaited: None,
         }
     }
 
@@ -197,14 +336,15 @@ impl Gateway {
             edge_settings(&self.settings),
             self.registry.clone(),
             self.grants.clone(),
+            self.gateways(),
             self.metrics.clone(),
-            self.stages.draining.clone(),
+            self.stages.leaving.clone(),
             self.stages.closing.clone(),
         );
         let serve = move |conn, peer| edges.clone().serve(conn, peer);
-        let (places, stop) = (self.edge_places.clone(), self.stages.draining.clone());
+        let (places, stop) = (self.edge_places.clone(), self.stages.leaving.clone());
         self.edge_doors.push(Box::pin(accept_loop(door, "edges", places, stop, serve)));
-        self.credentials.push(tls);
+        self.credentials.push(Credentials::Server(tls));
     }
 
     /// Opens a door for the control plane, by mutual TLS.
@@ -213,7 +353,66 @@ impl Gateway {
         let serve = move |conn, peer| ingress.clone().serve_tls(credentials.clone(), conn, peer);
         let (places, stop) = (self.ingress_places.clone(), self.stages.draining.clone());
         self.ingress_doors.push(Box::pin(accept_loop(door, "ingress", places, stop, serve)));
-        self.credentials.push(tls);
+        self.credentials.push(Credentials::Server(tls));
+    }
+
+    /// Opens a door for peers, and dials them. Only for a gateway that is one of several.
+    pub fn serve_peers(&mut self, door: impl Accept, tls: (ServerTls, ClientTls), dial: impl Dial) {
+        let Some(peering) = &self.peering else { return };
+        self.peers_awaited = Some(Instant::now() + PEERS_AWAITED);
+        let (server_tls, client_tls) = tls;
+        let stages = &self.stages;
+        let peers = Arc::new(PeerDoor {
+            tls: server_tls.clone(),
+            own: peering.own.clone(),
+            heartbeat: peering.settings.heartbeat,
+            handshake_timeout: self.settings.handshake_timeout,
+            link: LinkConfig {
+                handshake_timeout: self.settings.handshake_timeout,
+                accept_streams: true,
+                ..peering.settings.link
+            },
+            registry: self.registry.clone(),
+            router: self.router.clone(),
+            metrics: self.metrics.clone(),
+            aborting: stages.aborting.clone(),
+            closing: stages.closing.clone(),
+            sessions: 1.into(),
+            epochs: 1.into(),
+            running: peering.forwarding.clone(),
+        });
+        let serve = move |conn, peer| peers.clone().serve(conn, peer);
+        let accepting =
+            accept_loop(door, "peers", places(peering.settings.max_links), stages.closing.clone(), serve);
+        self.peer_tasks.push(Box::pin(accepting));
+        let (found, members) = match &peering.meeting {
+            Meeting::List(list) => {
+                let (found, members) = watch::channel(Vec::new());
+                let (list, stop) = (list.clone(), stages.closing.clone());
+                let looking = async move { stop.run_until_cancelled(discovery::run(list, found)).await };
+                (Box::pin(async { looking.await.unwrap_or_default() }) as Task, members)
+            }
+            Meeting::Etcd(etcd) => {
+                let (etcd, news) = (etcd.clone(), News::of(&self.registry));
+                let members = etcd.members();
+                (Box::pin(etcd.run(news, stages.closing.clone())) as Task, members)
+            }
+        };
+        self.peer_tasks.push(found);
+        let seed = u64::from(self.settings.request_seed);
+        let meshing =
+            peering.mesh.clone().run(members, client_tls.clone(), dial, seed, stages.closing.clone());
+        self.peer_tasks.push(Box::pin(meshing));
+        self.credentials.push(Credentials::Server(server_tls));
+        self.credentials.push(Credentials::Client(client_tls));
+    }
+
+    /// The cluster's gateways, as edges are told: none, if this is the only one.
+    fn gateways(&self) -> watch::Receiver<Arc<Vec<tunnel_core::proto::messages::Gateway>>> {
+        match &self.peering {
+            Some(peering) => peering.mesh.gateways(),
+            None => watch::channel(Arc::default()).1,
+        }
     }
 
     /// Opens a door for the control plane without TLS: a Unix socket, where the file's permissions decide who may ask.
@@ -235,9 +434,13 @@ impl Gateway {
     /// Whether it takes new work, as long as it runs.
     pub fn readiness(&self) -> Readiness {
         Readiness {
-            draining: self.stages.draining.clone(),
+            leaving: self.stages.leaving.clone(),
             grants: self.grants.clone(),
             nodes_awaited: self.nodes_awaited,
+            peers_awaited: self
+                .peers_awaited
+                .zip(self.peering.as_ref())
+                .map(|(until, peering)| (peering.mesh.clone(), until)),
         }
     }
 
@@ -245,11 +448,13 @@ impl Gateway {
     ///
     /// Dropping the future ends everything at once: streams are reset, links are dropped.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Self { settings, stages, ingress_doors, edge_doors, credentials, cluster, .. } = self;
+        let Self { settings, stages, ingress_doors, edge_doors, peer_tasks, credentials, .. } = self;
+        let (registry, peering, cluster) = (self.registry, self.peering, self.cluster);
         // A task of its own: should it fail, what it knew stays in force.
         let mut cluster = spawn_all(cluster.into_iter().collect());
         let mut ingress = spawn_all(ingress_doors);
         let mut edges = spawn_all(edge_doors);
+        let mut peers = spawn_all(peer_tasks);
         let reload = reload_credentials(&credentials);
         let watched = async {
             all_ended(&mut cluster).await;
@@ -257,15 +462,30 @@ impl Gateway {
         };
         let serve = async {
             shutdown.cancelled().await;
+            stages.leaving.cancel();
+            if !settings.drain_delay.is_zero() {
+                info!(
+                    delay_s = settings.drain_delay.as_secs(),
+                    "leaving: edges are told to connect elsewhere"
+                );
+                sleep(settings.drain_delay).await;
+            }
             info!(timeout_s = settings.drain_timeout.as_secs(), "draining: nothing new is taken");
             stages.draining.cancel();
-            if timeout(settings.drain_timeout, all_ended(&mut ingress)).await.is_err() {
+            let idle = async {
+                all_ended(&mut ingress).await;
+                if let Some(peering) = &peering {
+                    peering.until_unneeded(&registry).await;
+                }
+            };
+            if timeout(settings.drain_timeout, idle).await.is_err() {
                 warn!("the drain timeout is over: aborting the streams that are left");
             }
             stages.aborting.cancel();
             wait_or_drop(&mut ingress, "connections of the control plane").await;
             stages.closing.cancel();
             wait_or_drop(&mut edges, "links").await;
+            wait_or_drop(&mut peers, "links of peers").await;
             info!("drained");
         };
         tokio::select! {
@@ -282,6 +502,45 @@ impl Gateway {
     }
 }
 
+impl Peering {
+    /// Waits until the edges have connected elsewhere, if there is anywhere else, and no peer's stream is left.
+    async fn until_unneeded(&self, registry: &Arc<Registry>) {
+        let mut gateways = self.mesh.gateways();
+        let mut news = News::of(registry);
+        let left = async {
+            while !news.none_is_held() {
+                news.next().await;
+            }
+        };
+        let alone = gateways.wait_for(|gateways| gateways.iter().all(|gateway| gateway.draining));
+        tokio::select! {
+            biased;
+            () = left => {}
+            _ = alone => {}
+        }
+        // The sender is here: there is no error.
+        let _ = self.forwarding.subscribe().wait_for(|running| *running == 0).await;
+    }
+}
+
+impl Credentials {
+    fn reload(&self) -> Result<bool, TlsError> {
+        match self {
+            Self::Server(tls) => tls.reload(),
+            Self::Client(tls) => tls.reload(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Server(tls) => tls.fmt(f),
+            Self::Client(tls) => tls.fmt(f),
+        }
+    }
+}
+
 fn places(count: usize) -> Arc<Semaphore> {
     Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)))
 }
@@ -291,7 +550,8 @@ fn edge_settings(settings: &GatewaySettings) -> EdgeSettings {
         gateway_id: settings.gateway_id.clone(),
         heartbeat: settings.heartbeat,
         handshake_timeout: settings.handshake_timeout,
-        drain_timeout: settings.drain_timeout,
+        // Edges are told at the very beginning, and streams have as long as this gateway gives them.
+        drain_timeout: settings.drain_delay.saturating_add(settings.drain_timeout),
         link: settings.link,
     }
 }
@@ -331,7 +591,7 @@ async fn wait_or_drop(tasks: &mut JoinSet<()>, what: &'static str) {
 }
 
 /// Looks for new credentials, for ever. New connections use them; running ones keep what they have.
-async fn reload_credentials(credentials: &[ServerTls]) {
+async fn reload_credentials(credentials: &[Credentials]) {
     let mut period = interval(RELOAD_PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut complaints = vec![String::new(); credentials.len()];
@@ -383,7 +643,7 @@ mod tests {
         assert_eq!(readiness.check(), unread("it is away"));
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(readiness.check(), Ok(()));
-        gateway.stages.draining.cancel();
+        gateway.stages.leaving.cancel();
         assert!(readiness.check().unwrap_err().starts_with("draining"));
     }
 }

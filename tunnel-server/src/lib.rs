@@ -12,9 +12,11 @@
 //!    speak CONNECT. A refusal of any kind becomes a reply in one place, `ingress::reply`.
 //! 5. `route` finds the node that serves a target (by name, else by `grants`), takes a link of it from the registry and
 //!    opens a stream; [`tunnel_core::relay()`] then carries the bytes until both directions have ended.
-//! 6. `cluster` watches the nodes through the API server, if there is one, and puts new `grants` in force.
+//! 6. Where the node's link is at another gateway, `directory` knows so, and the stream takes one hop: `peers::mesh` here
+//!    opens it on the link to that gateway, whose `peers::door` hands it on to the node's link.
+//! 7. `cluster` watches the nodes through the API server, if there is one, and puts new `grants` in force.
 //!
-//! Dependencies go one way: ingress, route, registry, core. Every task has an owner that waits for it, up to
+//! Dependencies go one way: doors, route, registry and directory, core. Every task has an owner that waits for it, up to
 //! [`Gateway::run`]. Time is tokio's, randomness comes from outside, and doors are [`Accept`], so that a simulation runs
 //! the very same gateway on a network of its own.
 
@@ -22,12 +24,14 @@ pub mod cli;
 mod cluster;
 pub mod config;
 pub mod dev;
+mod directory;
 mod edges;
 mod gateway;
 mod grants;
 mod ingress;
 mod listener;
 mod metrics;
+mod peers;
 pub mod pki;
 mod process;
 mod route;
@@ -37,8 +41,9 @@ mod testing;
 pub use {
     cluster::{Access, AccessError},
     edges::registry::LinkLimits,
-    gateway::{Gateway, GatewaySettings, Readiness},
+    gateway::{Gateway, GatewaySettings, PeerSettings, Readiness},
     grants::{Grants, Identifier, IdentifierError},
     listener::{Accept, PeerAddr, UnixDoor},
+    peers::{Dial, DialTcp, Member},
     process::{Addresses, BoundGateway, StartError, run},
 };

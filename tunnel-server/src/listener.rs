@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -37,6 +38,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// An idle TCP connection is probed after this time, and given up after some lost probes.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Handshakes of one door that are worked on at one time: enough to hide what each waits for its far side.
+pub(crate) const TURNS: usize = 256;
+/// After this, the next one's turn comes all the same.
+const LONGEST_TURN: Duration = Duration::from_millis(500);
 /// How long, and for how many bytes, a refused connection is read on, so that a reset does not overtake the refusal.
 const FAREWELL: Duration = Duration::from_secs(1);
 const FAREWELL_BYTES: usize = 256 * 1024;
@@ -183,11 +188,7 @@ pub(crate) async fn accept_loop<A, F>(
             accepted = next_connection(&mut door, &places, pause) => match accepted {
                 Ok((conn, peer, place)) => {
                     pause = Duration::ZERO;
-                    let serving = serve(conn, peer);
-                    connections.spawn(async move {
-                        serving.await;
-                        drop(place);
-                    });
+                    connections.spawn(in_its_place(serve(conn, peer), place));
                 }
                 Err(error) if concerns_one_connection(&error) => debug!(door = name, %error, "a connection went away"),
                 Err(error) => {
@@ -216,6 +217,12 @@ async fn next_connection<A: Accept>(
     Ok((conn, peer, place))
 }
 
+/// Keeps the place until the connection is served. Not an `async fn`, which would have room for the future twice: there are
+/// as many as links.
+fn in_its_place<F: Future<Output = ()>>(serving: F, place: OwnedSemaphorePermit) -> impl Future<Output = ()> {
+    serving.map(move |()| drop(place))
+}
+
 fn concerns_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind as Kind;
     matches!(error.kind(), Kind::ConnectionAborted | Kind::ConnectionReset | Kind::Interrupted)
@@ -230,7 +237,25 @@ pub(crate) fn report_panic(what: &'static str, ended: Result<(), tokio::task::Jo
     }
 }
 
+/// Lets `work` begin when its turn comes, in the order of asking. Where all edges of a gateway that is gone come at one
+/// moment, handshakes that were worked on all at once would all be too late; so some are in time, and then the next. One
+/// that takes long, since its far side does, is not waited for by the others.
+pub(crate) async fn in_turn<T>(turns: &Semaphore, work: impl Future<Output = T>) -> T {
+    let turn = turns.acquire().await;
+    let mut work = Box::pin(work);
+    tokio::select! {
+        // What is done needs no more time.
+        biased;
+        done = &mut work => return done,
+        () = sleep(LONGEST_TURN) => drop(turn),
+    }
+    work.await
+}
+
 /// The server side of a TLS handshake, within `deadline`. A failure is told to the client, logged and counted.
+///
+/// Both the handshake and the connection are boxed: they are large, and would stand several times in the future of each
+/// connection, which stays as large as its largest moment until its end.
 pub(crate) async fn handshake<C: Leg + 'static>(
     tls: &ServerTls,
     domain: Domain,
@@ -238,10 +263,10 @@ pub(crate) async fn handshake<C: Leg + 'static>(
     peer: PeerAddr,
     deadline: Duration,
     metrics: &Metrics,
-) -> Option<TlsStream<C>> {
-    let accepting = tls.acceptor().accept(conn).into_fallible();
+) -> Option<Box<TlsStream<C>>> {
+    let accepting = Box::pin(tls.acceptor().accept(conn).into_fallible());
     let (error, conn) = match timeout(deadline, accepting).await {
-        Ok(Ok(stream)) => return Some(stream),
+        Ok(Ok(stream)) => return Some(Box::new(stream)),
         Ok(Err((error, conn))) => (error, Some(conn)),
         Err(_) => (io::Error::from(io::ErrorKind::TimedOut), None),
     };
@@ -265,12 +290,12 @@ pub(crate) async fn handshake<C: Leg + 'static>(
 
 /// Closes a connection whose last words are written, so that they arrive: the end of file goes out, and what still
 /// comes in is read for a while. Closing with unread bytes would send a reset, which overtakes what was written.
-pub(crate) async fn say_farewell(mut conn: impl Leg) {
+pub(crate) async fn say_farewell<C: Leg>(mut conn: C) {
     let farewell = async {
         if conn.shutdown().await.is_err() {
             return;
         }
-        let mut scratch = [0; 4096];
+        let mut scratch = vec![0; 4096];
         let mut read = 0;
         while read < FAREWELL_BYTES {
             match conn.read(&mut scratch).await {
@@ -334,6 +359,47 @@ mod tests {
         }
         stop.cancel();
         looping.await.unwrap();
+    }
+
+    /// The size of the future that a function gives, in bytes.
+    fn size_of_future<A, F: Future>(_: impl FnOnce(A) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_connections_future_is_small() {
+        type Arguments = (&'static ServerTls, UnixStream, &'static Metrics);
+        let peer = PeerAddr::Unix { uid: 0, pid: None };
+        let shaking = size_of_future(|(tls, conn, metrics): Arguments| {
+            handshake(tls, Domain::Edge, conn, peer, FAREWELL, metrics)
+        });
+        assert!(shaking <= 1024, "{shaking}");
+        let leaving = size_of_future(say_farewell::<UnixStream>);
+        assert!(leaving <= 512, "{leaving}");
+        let serving = |()| async {
+            let held = [0_u8; 4096];
+            sleep(FAREWELL).await;
+            std::hint::black_box(&held);
+        };
+        let served = size_of_future(|place| in_its_place(serving(()), place));
+        assert!(served <= size_of_future(serving) + 64, "{served}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn turns_are_taken_in_order_and_a_slow_one_is_not_waited_for() {
+        let (turns, done) = (Semaphore::new(2), parking_lot::Mutex::new(Vec::new()));
+        let work = |number: u32, millis: u64| {
+            let done = &done;
+            in_turn(&turns, async move {
+                sleep(Duration::from_millis(millis)).await;
+                done.lock().push(number);
+            })
+        };
+        let begun = tokio::time::Instant::now();
+        // The first two take their turns; the slow one's ends after half a second, and the third takes 100 ms then.
+        tokio::join!(work(1, 100_000), work(2, 100), work(3, 600), work(4, 100), work(5, 100));
+        assert_eq!(*done.lock(), [2, 4, 3, 5, 1]);
+        assert_eq!(begun.elapsed(), Duration::from_secs(100));
     }
 
     #[tokio::test]

@@ -61,6 +61,12 @@ pub(crate) struct Metrics {
     pub(crate) cluster_nodes: Gauge,
     /// Connections of the control plane.
     pub(crate) ingress_connections: Gauge,
+    /// Links to other gateways.
+    pub(crate) peer_links: Gauge,
+    /// Streams of peers that are being handed on.
+    pub(crate) forwarded_active: Gauge,
+    forwarded: Family<Cause, Counter>,
+    handed_to_peers: Family<Cause, Counter>,
     links_closed: Family<Cause, Counter>,
     handshakes_failed: Family<Handshake, Counter>,
     rejects: Family<Code, Counter>,
@@ -82,6 +88,10 @@ impl Metrics {
             cluster_in_sync: Gauge::default(),
             cluster_nodes: Gauge::default(),
             ingress_connections: Gauge::default(),
+            peer_links: Gauge::default(),
+            forwarded_active: Gauge::default(),
+            forwarded: Family::default(),
+            handed_to_peers: Family::default(),
             links_closed: Family::default(),
             handshakes_failed: Family::default(),
             rejects: Family::default(),
@@ -93,6 +103,7 @@ impl Metrics {
         };
         metrics.register_links(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_cluster(registry.sub_registry_with_prefix("tunnel_server"));
+        metrics.register_peers(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_requests(registry.sub_registry_with_prefix("tunnel_server"));
         metrics
     }
@@ -133,6 +144,25 @@ impl Metrics {
         server.register("cluster_nodes", "Nodes that were read from the cluster", self.cluster_nodes.clone());
     }
 
+    fn register_peers(&self, server: &mut Registry) {
+        server.register("peer_links", "Links to other gateways that are up", self.peer_links.clone());
+        server.register(
+            "handed_to_peers",
+            "Requests for nodes linked to other gateways, by what came of them; stale: the gateway had no such link",
+            self.handed_to_peers.clone(),
+        );
+        server.register(
+            "forwarded",
+            "Streams from other gateways for nodes linked here, by what came of them",
+            self.forwarded.clone(),
+        );
+        server.register(
+            "forwarded_active",
+            "Streams from other gateways that are being relayed",
+            self.forwarded_active.clone(),
+        );
+    }
+
     fn register_requests(&self, server: &mut Registry) {
         server.register(
             "ingress_connections",
@@ -167,6 +197,14 @@ impl Metrics {
             Domain::Peer => "peer",
         };
         self.handshakes_failed.get_or_create(&Handshake { domain, cause }).inc();
+    }
+
+    pub(crate) fn forwarded(&self, cause: &'static str) {
+        self.forwarded.get_or_create(&Cause { cause }).inc();
+    }
+
+    pub(crate) fn handed_to_peer(&self, cause: &'static str) {
+        self.handed_to_peers.get_or_create(&Cause { cause }).inc();
     }
 
     pub(crate) fn rejected(&self, code: &'static str) {

@@ -9,11 +9,14 @@ use std::{
     time::Duration,
 };
 
-use prometheus_client::registry::Registry as MetricsRegistry;
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry as MetricsRegistry};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
-use tunnel_core::tls::{Domain, ServerTls, TlsError};
+use tunnel_core::{
+    LinkConfig,
+    tls::{ClientTls, Domain, Files, ServerTls, TlsError},
+};
 use tunnel_edge::daemon::{
     admin,
     log::{self, LogError},
@@ -22,10 +25,12 @@ use tunnel_edge::daemon::{
 
 use crate::{
     cluster::{Access, AccessError},
-    config::Config,
+    config::{Config, Finding, PeersConfig},
+    directory::etcd::{self, Etcd, EtcdConfig, EtcdError},
     edges::registry::LinkLimits,
-    gateway::{Gateway, GatewaySettings},
+    gateway::{Gateway, GatewaySettings, PeerSettings},
     listener::UnixDoor,
+    peers::DialTcp,
 };
 
 /// How long blocking work may take to end when nobody waits for it any more: a credential plugin may hang for ever.
@@ -51,6 +56,9 @@ pub enum StartError {
     /// The two sides are not kept apart.
     #[error("{0}")]
     SharedCa(String),
+    /// The directory cannot be reached by what the configuration says.
+    #[error("etcd: {0}")]
+    Etcd(#[from] EtcdError),
     /// The cluster cannot be reached by what the configuration says.
     #[error("kubernetes.kubeconfig: {0}")]
     Cluster(#[from] AccessError),
@@ -79,6 +87,8 @@ pub enum StartError {
 pub struct Addresses {
     /// For edges.
     pub edges: SocketAddr,
+    /// For other gateways.
+    pub peers: Option<SocketAddr>,
     /// For the control plane, over TLS.
     pub ingress: Option<SocketAddr>,
     /// For the control plane, on this machine.
@@ -132,7 +142,7 @@ impl BoundGateway {
     /// Reads all credentials, then binds all ports. `request_seed` is random, and sets the ids of the gateway's
     /// requests apart from those of others.
     pub async fn bind(config: &Config, request_seed: u32) -> Result<Self, StartError> {
-        let load = |group, domain, files: &tunnel_core::tls::Files| {
+        let load = |group, domain, files: &Files| {
             ServerTls::load(domain, files.clone()).map_err(|error| StartError::Tls { group, error })
         };
         let edges_tls = load("edges", Domain::Edge, &config.edges.tls)?;
@@ -144,12 +154,20 @@ impl BoundGateway {
         }
         config.cluster.as_ref().map_or(Ok(()), Access::check)?;
         let mut metrics = MetricsRegistry::default();
-        let mut gateway = Gateway::new(settings(config, request_seed), &mut metrics);
+        let settings = settings(config, request_seed);
+        let mut gateway = match &config.peers {
+            None => Gateway::new(settings, &mut metrics),
+            Some(peers) => among_peers(config, peers, settings, &mut metrics)?,
+        };
         if let Some(access) = &config.cluster {
             gateway.watch_cluster(access.clone());
         }
         let (listener, edges) = listen("edges.listen", config.edges.listen).await?;
         gateway.serve_edges(listener, edges_tls);
+        let peers = match &config.peers {
+            None => None,
+            Some(peers) => Some(serve_peers(&mut gateway, peers).await?),
+        };
         let mut ingress = None;
         if let (Some(tcp), Some(tls)) = (tcp, ingress_tls) {
             let (listener, address) = listen("ingress.listen", tcp.listen).await?;
@@ -167,7 +185,7 @@ impl BoundGateway {
             None => (None, None),
         };
         let unix = unix.map(|(path, _)| path.to_owned());
-        let addresses = Addresses { edges, ingress, unix, admin: admin_address };
+        let addresses = Addresses { edges, peers, ingress, unix, admin: admin_address };
         announce(config, &addresses);
         Ok(Self { gateway, addresses, admin, metrics })
     }
@@ -213,9 +231,53 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         max_streams: ingress.max_streams,
         max_streams_per_connection: ingress.max_streams_per_connection,
         allowed_clients,
+        drain_delay: config.drain_delay,
         drain_timeout: config.drain_timeout,
         request_seed,
     }
+}
+
+/// A gateway that is one of several.
+fn among_peers(
+    config: &Config,
+    peers: &PeersConfig,
+    settings: GatewaySettings,
+    metrics: &mut MetricsRegistry,
+) -> Result<Gateway, StartError> {
+    let instance: u128 = rand::random();
+    let peer_settings = PeerSettings {
+        edge_address: config.edges.address.clone(),
+        heartbeat: peers.heartbeat,
+        link: LinkConfig { handshake_timeout: config.edges.handshake_timeout, ..peers.link },
+        ..PeerSettings::new(instance)
+    };
+    match &peers.finding {
+        Finding::List(list) => Ok(Gateway::among_peers(settings, peer_settings, list.clone(), metrics)),
+        Finding::Etcd(etcd, own) => {
+            let own = etcd::Own {
+                gateway: config.gateway_id.clone(),
+                peer_address: own.address.clone(),
+                server_name: own.server_name.clone(),
+            };
+            let in_touch = Gauge::default();
+            metrics.register(
+                "tunnel_server_etcd_in_touch",
+                "1 while the directory in etcd is followed, 0 while it cannot be",
+                in_touch.clone(),
+            );
+            let etcd = Etcd::new(EtcdConfig::clone(etcd), own, in_touch, rand::random())?;
+            Ok(Gateway::by_etcd(settings, peer_settings, etcd, metrics))
+        }
+    }
+}
+
+async fn serve_peers(gateway: &mut Gateway, peers: &PeersConfig) -> Result<SocketAddr, StartError> {
+    let failed = |error| StartError::Tls { group: "peers", error };
+    let server = ServerTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
+    let client = ClientTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
+    let (listener, address) = listen("peers.listen", peers.listen).await?;
+    gateway.serve_peers(listener, (server, client), DialTcp);
+    Ok(address)
 }
 
 async fn listen(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -234,8 +296,9 @@ fn listen_unix(path: &Path, mode: u32) -> Result<UnixDoor, StartError> {
 /// What a person wants to know first, in the first line of the log.
 fn announce(config: &Config, addresses: &Addresses) {
     let version = env!("CARGO_PKG_VERSION");
-    let Addresses { edges, ingress, unix, admin } = addresses;
+    let Addresses { edges, peers, ingress, unix, admin } = addresses;
+    let peers = peers.map(|at| at.to_string());
     let (ingress, admin) = (ingress.map(|at| at.to_string()), admin.map(|at| format!("http://{at}")));
     let unix = unix.as_ref().map(|path| path.display().to_string());
-    info!(version, gateway = %config.gateway_id, %edges, ingress, unix, admin, "tunnel-server starts");
+    info!(version, gateway = %config.gateway_id, %edges, ingress, unix, peers, admin, "tunnel-server starts");
 }

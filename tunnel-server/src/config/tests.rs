@@ -325,3 +325,79 @@ fn grants_can_come_from_the_environment() {
     };
     Flags::<Settings>::default().load(set).unwrap();
 }
+
+const PEERS: &str = "
+peers:
+  listen: 10.0.0.1:8134
+  cert: c.crt
+  key: c.key
+  ca: pca.crt
+";
+
+#[test]
+fn a_gateway_is_alone_unless_it_is_told_of_others() {
+    assert!(load_with("").unwrap().peers.is_none());
+    let problems = load_with(PEERS).unwrap_err();
+    assert!(
+        problems
+            .contains("peers.gateways: is not set: peers.listen is set, but no other gateway can be found"),
+        "{problems}"
+    );
+    let problems = load_with("peers: {gateways: [\"gw:8134\"]}").unwrap_err();
+    assert!(
+        problems.contains("peers.listen: is none, but gateways of one cluster must reach one another"),
+        "{problems}"
+    );
+    let problems = load_with("peers: {listen: \"0.0.0.0:8134\", gateways: [\"gw:8134\"]}").unwrap_err();
+    for key in ["peers.cert", "peers.key", "peers.ca"] {
+        assert!(problems.contains(&format!("{key}: is not set")), "{problems}");
+    }
+}
+
+#[test]
+fn gateways_find_one_another_by_a_list() {
+    let more = format!("{PEERS}  gateways: [\"gateways.example:8134\", \"10.0.0.2:8134\"]\n");
+    let peers = load_with(&more).unwrap().peers.unwrap();
+    assert_eq!((peers.heartbeat, peers.link.max_streams), (Duration::from_secs(3), 4096));
+    let Finding::List(list) = peers.finding else { panic!("not a list") };
+    let shown: Vec<_> = list
+        .iter()
+        .map(|member| (member.address.to_string(), member.server_name.to_str().into_owned()))
+        .collect();
+    let named = |address: &str, name: &str| (address.to_owned(), name.to_owned());
+    assert_eq!(
+        shown,
+        [named("gateways.example:8134", "gateways.example"), named("10.0.0.2:8134", "10.0.0.2")]
+    );
+    let Finding::List(list) =
+        load_with(&format!("{more}  server_name: gw\n")).unwrap().peers.unwrap().finding
+    else {
+        panic!("not a list")
+    };
+    assert!(list.iter().all(|member| member.server_name.to_str() == "gw"));
+    let problems = load_with(&more.replace("8134\n", "8443\n").replace("10.0.0.1", "0.0.0.0")).unwrap_err();
+    assert!(
+        problems.contains("peers.listen: the port is that of edges.listen too: use another"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn gateways_find_one_another_through_etcd() {
+    let etcd = format!("{PEERS}etcd: {{endpoints: [\"http://etcd:2379\"]}}\n");
+    let Finding::Etcd(config, own) = load_with(&etcd).unwrap().peers.unwrap().finding else {
+        panic!("not etcd")
+    };
+    assert_eq!((config.endpoints.len(), config.prefix.as_str()), (1, "/edge-tunnel/"));
+    assert_eq!(own.address.to_string(), "10.0.0.1:8134", "it is reached where it listens");
+    let everywhere = etcd.replace("10.0.0.1", "0.0.0.0");
+    let problems = load_with(&everywhere).unwrap_err();
+    assert!(problems.contains("peers.address: is not set: peers.listen is every address"), "{problems}");
+    let both = etcd.replace("  ca: pca.crt\n", "  ca: pca.crt\n  gateways: [\"gw:8134\"]\n");
+    let problems = load_with(&both).unwrap_err();
+    assert!(problems.contains("peers.gateways: is set, and etcd.endpoints too"), "{problems}");
+    // Two mistakes of etcd's own, both said.
+    let bad = etcd.replace("http://etcd:2379\"]", "etcd\"], lease: 1s, username: root");
+    let problems = load_with(&bad).unwrap_err();
+    assert!(problems.contains("etcd.endpoints") && problems.contains("etcd.lease"), "{problems}");
+}

@@ -3,6 +3,7 @@
 //! A node's identity is what its certificate says. What the edge claims in its `Hello` is only compared with it, so
 //! that an edge with the wrong credential hears so instead of serving another node.
 
+pub(crate) mod held;
 pub(crate) mod registry;
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
 };
 
 use tokio::{
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, MissedTickBehavior, interval_at, sleep},
 };
 use tokio_rustls::server::TlsStream;
@@ -26,20 +27,23 @@ use tunnel_core::{
     proto::{
         ALPN_EDGE,
         control::choose_version,
-        messages::{Hello, Reject, RejectCode, Update, Welcome},
+        messages::{Gateway, Hello, Reject, RejectCode, Update, Welcome},
     },
     tls::{Domain, ServerTls},
 };
 
 use self::registry::{Place, Registration, Registry};
 use crate::{
+    directory::Generation,
     grants::{Grants, SharedGrants},
-    listener::{PeerAddr, handshake, say_farewell},
+    listener::{PeerAddr, TURNS, handshake, in_turn, say_farewell},
     metrics::Metrics,
 };
 
 /// When a rejected edge should try again, at the earliest, where trying sooner is of no use.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// The same address may lead to another gateway the next time.
+const RETRY_AFTER_DRAINING: Duration = Duration::from_millis(250);
 /// An edge whose credential is wrong needs a person.
 const RETRY_AFTER_REPAIR: Duration = Duration::from_secs(60);
 /// How often the time of day is read at least. Timers do not follow it when it is set, and some stand still while the
@@ -47,6 +51,10 @@ const RETRY_AFTER_REPAIR: Duration = Duration::from_secs(60);
 const LONGEST_TIMER: Duration = Duration::from_secs(3600);
 /// How much of a message what an edge is told that it serves may take, in bytes. Less than fits, for what else is in it.
 const MAX_TOLD: usize = 32 * 1024;
+/// How much of the same message the cluster's gateways may take.
+const MAX_GATEWAYS_TOLD: usize = 24 * 1024;
+/// What the wire format needs for a gateway beside its texts.
+const GATEWAY_OVERHEAD: usize = 12;
 /// What the wire format needs for a text beside its bytes.
 const TEXT_OVERHEAD: usize = 4;
 
@@ -68,6 +76,8 @@ pub(crate) struct EdgeDoor {
     settings: EdgeSettings,
     registry: Arc<Registry>,
     grants: SharedGrants,
+    /// What edges are told of the cluster's gateways.
+    gateways: watch::Receiver<Arc<Vec<Gateway>>>,
     metrics: Metrics,
     /// No new links; those that are up tell their edges to go elsewhere.
     draining: CancellationToken,
@@ -75,12 +85,18 @@ pub(crate) struct EdgeDoor {
     stopping: CancellationToken,
     /// Names each link in the logs of both sides.
     sessions: AtomicU64,
+    /// For connections that are not links yet.
+    turns: Semaphore,
 }
+
+/// An edge that has said hello, who it is by its certificate, and until when.
+type Introduced = (PendingLink, Result<NodeId, IdentityError>, Expiry);
 
 /// An edge that may have a link.
 struct Admitted {
     node: NodeId,
     instance: InstanceId,
+    generation: Generation,
     version: u32,
     place: Place,
 }
@@ -97,6 +113,7 @@ struct Session {
     /// That it was not told all has been logged.
     said_left_out: bool,
     grants: watch::Receiver<Arc<Grants>>,
+    gateways: watch::Receiver<Arc<Vec<Gateway>>>,
     expiry: Expiry,
 }
 
@@ -116,6 +133,7 @@ impl EdgeDoor {
         settings: EdgeSettings,
         registry: Arc<Registry>,
         grants: SharedGrants,
+        gateways: watch::Receiver<Arc<Vec<Gateway>>>,
         metrics: Metrics,
         draining: CancellationToken,
         stopping: CancellationToken,
@@ -126,34 +144,53 @@ impl EdgeDoor {
             ..settings.link
         };
         let settings = EdgeSettings { link, ..settings };
-        let sessions = AtomicU64::new(1);
-        Arc::new(Self { tls, settings, registry, grants, metrics, draining, stopping, sessions })
+        let (sessions, turns) = (AtomicU64::new(1), Semaphore::new(TURNS));
+        Arc::new(Self {
+            tls,
+            settings,
+            registry,
+            grants,
+            gateways,
+            metrics,
+            draining,
+            stopping,
+            sessions,
+            turns,
+        })
     }
 
     /// Serves one connection until its link ends.
     pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
+        let Some((pending, identity, expiry)) = in_turn(&self.turns, self.introduce(conn, peer)).await else {
+            return;
+        };
+        match self.admit(identity, pending.hello()) {
+            Ok(admitted) => self.hold(pending, admitted, expiry, peer).await,
+            // Boxed: an edge that is not rejected needs no room for it.
+            Err(reject) => Box::pin(self.reject(pending, reject, peer)).await,
+        }
+    }
+
+    /// From a connection to an edge's hello. What goes wrong is told, logged and counted.
+    async fn introduce<C: Leg + 'static>(&self, conn: C, peer: PeerAddr) -> Option<Introduced> {
         let deadline = self.settings.handshake_timeout;
-        let shaking = handshake(&self.tls, Domain::Edge, conn, peer, deadline, &self.metrics);
-        let Some(conn) = shaking.await else { return };
+        let conn = handshake(&self.tls, Domain::Edge, conn, peer, deadline, &self.metrics).await?;
         let connection = conn.get_ref().1;
         // A client that offers no protocol at all passes TLS: it is no edge.
         if connection.alpn_protocol() != Some(ALPN_EDGE) {
             self.metrics.handshake_failed(Domain::Edge, "alpn");
             warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of edges");
-            return say_farewell(conn).await;
+            say_farewell(conn).await;
+            return None;
         }
         let (identity, expiry) = (identity(&conn), expiry(&conn));
-        let pending = match Link::accept(conn, self.settings.link).await {
-            Ok(pending) => pending,
+        match Link::accept(conn, self.settings.link).await {
+            Ok(pending) => Some((pending, identity, expiry)),
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
                 warn!(%peer, node = identity_text(&identity), cause = %error, "no link: the edge did not introduce itself");
-                return;
+                None
             }
-        };
-        match self.admit(identity, pending.hello()) {
-            Ok(admitted) => self.hold(pending, admitted, expiry, peer).await,
-            Err(reject) => self.reject(pending, reject, peer).await,
         }
     }
 
@@ -167,7 +204,7 @@ impl EdgeDoor {
     fn admit(&self, identity: Result<NodeId, IdentityError>, hello: &Hello) -> Result<Admitted, Reject> {
         if self.draining.is_cancelled() {
             let text = format!("gateway {} is about to leave: use another", self.settings.gateway_id);
-            return Err(reject(RejectCode::Draining, text, RETRY_AFTER));
+            return Err(reject(RejectCode::Draining, text, RETRY_AFTER_DRAINING));
         }
         let version = choose_version(hello)?;
         let node =
@@ -188,17 +225,20 @@ impl EdgeDoor {
             .registry
             .place(&node)
             .map_err(|full| reject(RejectCode::Overloaded, full.to_string(), RETRY_AFTER))?;
-        Ok(Admitted { node, instance, version, place })
+        let generation = if hello.generation == 0 { now_in_millis() } else { hello.generation };
+        Ok(Admitted { node, instance, generation, version, place })
     }
 
     /// Welcomes the edge, registers its link, and holds it until it ends.
     async fn hold(&self, pending: PendingLink, admitted: Admitted, expiry: Expiry, peer: PeerAddr) {
-        let Admitted { node, instance, version, place } = admitted;
+        let Admitted { node, instance, generation, version, place } = admitted;
         let software = pending.hello().software.clone();
         let id = self.session_id();
         let mut grants = self.grants.subscribe();
         let (told, left_out) = granted(&grants.borrow_and_update(), &node);
-        let link = match pending.welcome(self.welcome(told.clone(), version, &id)) {
+        let mut gateways = self.gateways.clone();
+        let hints = gateways.borrow_and_update().clone();
+        let link = match pending.welcome(self.welcome(told.clone(), &hints, version, &id)) {
             Ok(link) => link,
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
@@ -206,11 +246,11 @@ impl EdgeDoor {
                 return;
             }
         };
-        let registration = self.registry.register(place, instance.clone(), link.handle());
+        let registration = self.registry.register(place, instance.clone(), generation, link.handle());
         info!(%node, %instance, %peer, session = id, software, "link up");
         let up_since = Instant::now();
         let mut session =
-            Session { link, node, instance, peer, id, told, said_left_out: false, grants, expiry };
+            Session { link, node, instance, peer, id, told, said_left_out: false, grants, gateways, expiry };
         session.say_left_out(left_out);
         let end = self.until_closed(&mut session, &registration).await;
         drop(registration);
@@ -223,7 +263,7 @@ impl EdgeDoor {
         format!("{}-{}", self.settings.gateway_id, self.sessions.fetch_add(1, Relaxed))
     }
 
-    fn welcome(&self, granted: Vec<String>, version: u32, session_id: &str) -> Welcome {
+    fn welcome(&self, granted: Vec<String>, gateways: &[Gateway], version: u32, session_id: &str) -> Welcome {
         Welcome {
             version,
             gateway_id: self.settings.gateway_id.to_string(),
@@ -232,6 +272,7 @@ impl EdgeDoor {
             granted,
             max_streams: u32::try_from(self.settings.link.max_streams).unwrap_or(u32::MAX),
             software: concat!("tunnel-server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            gateways: told_gateways(gateways),
             ..Welcome::default()
         }
     }
@@ -254,10 +295,14 @@ impl EdgeDoor {
                     LinkEvent::Draining(_) if said_draining => {}
                     LinkEvent::Draining(drain) => {
                         said_draining = true;
+                        registration.drains();
                         info!(node = %session.node, session = session.id, reason = drain.reason, "the edge drains");
                     }
-                    // Edges may not open streams yet, and only gateways send updates.
-                    LinkEvent::Stream(_) | LinkEvent::Updated(_) => {}
+                    // Edges may not open streams yet, and only gateways send the others.
+                    LinkEvent::Stream(_)
+                    | LinkEvent::Updated(_)
+                    | LinkEvent::Holdings(_)
+                    | LinkEvent::Gateway(_) => {}
                 },
                 () = self.stopping.cancelled(), if !told_to_close => {
                     told_to_close = true;
@@ -275,6 +320,7 @@ impl EdgeDoor {
                     }
                 },
                 Ok(()) = session.grants.changed() => session.tell_grants(&handle),
+                Ok(()) = session.gateways.changed() => session.update(&handle),
                 _ = sample.tick() => {
                     succeeded = succeeded && registration.has_successor();
                     if let Some(rtt) = handle.rtt() {
@@ -304,10 +350,16 @@ impl Session {
     fn tell_grants(&mut self, handle: &LinkHandle) {
         let (granted, left_out) = granted(&self.grants.borrow_and_update(), &self.node);
         if granted != self.told {
-            self.told.clone_from(&granted);
-            handle.update(Update { granted, ..Update::default() });
+            self.told = granted;
+            self.update(handle);
         }
         self.say_left_out(left_out);
+    }
+
+    /// Tells the edge what it serves and which gateways there are.
+    fn update(&mut self, handle: &LinkHandle) {
+        let gateways = told_gateways(&self.gateways.borrow_and_update());
+        handle.update(Update { granted: self.told.clone(), gateways });
     }
 
     /// Says once that the edge is not told all that its node serves.
@@ -336,6 +388,22 @@ impl Expiry {
         let end = self.not_after.checked_add(Duration::from_secs(1)).unwrap_or(self.not_after);
         end.duration_since((self.clock)()).unwrap_or(Duration::ZERO)
     }
+}
+
+/// The cluster's gateways, as an edge is told: as many as fit.
+fn told_gateways(gateways: &[Gateway]) -> Vec<Gateway> {
+    let mut size = 0;
+    let fits = |gateway: &&Gateway| {
+        size += gateway.id.len() + gateway.edge_address.len() + GATEWAY_OVERHEAD;
+        size <= MAX_GATEWAYS_TOLD
+    };
+    gateways.iter().take_while(fits).cloned().collect()
+}
+
+/// For an edge that does not number its links.
+fn now_in_millis() -> Generation {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Generation::try_from(since_1970.as_millis()).unwrap_or(Generation::MAX).max(1)
 }
 
 /// What a node serves, as its edge is told: as much as fits, and how many are left out.
@@ -386,6 +454,7 @@ fn reject_label(code: RejectCode) -> &'static str {
         RejectCode::Overloaded => "overloaded",
         RejectCode::Draining => "draining",
         RejectCode::Malformed => "malformed",
+        RejectCode::SameGateway => "same_gateway",
     }
 }
 
@@ -471,6 +540,7 @@ mod tests {
                 settings,
                 registry.clone(),
                 grants.clone(),
+                watch::channel(Arc::default()).1,
                 metrics(),
                 draining,
                 stopping,

@@ -1,4 +1,5 @@
-//! Which links there are to which node. Filled by the edges' door, asked by `route`.
+//! Which links there are to which node. Filled by the edges' door, asked by `route`; other gateways hear of it by
+//! [`News`](super::held::News).
 //!
 //! Each registered link gets a number, rising, and leaves by that number when its [`Registration`] is dropped, so that
 //! the late end of an old link never removes a newer one.
@@ -10,11 +11,12 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 use tunnel_core::{InstanceId, LinkHandle, NodeId};
 
-use crate::metrics::Metrics;
+use super::held::{Changes, Held};
+use crate::{directory::Generation, metrics::Metrics};
 
 /// Nodes without a link whose last sign of life is remembered; the one that was seen longest ago is forgotten first.
 const REMEMBERED: usize = 16 * 1024;
@@ -46,6 +48,7 @@ pub(crate) struct Registry {
 struct State {
     nodes: BTreeMap<NodeId, Vec<Entry>>,
     gone: Gone,
+    changes: Changes,
     next_number: u64,
     /// Links that hold a place, registered or superseded.
     places: usize,
@@ -58,6 +61,9 @@ struct State {
 struct Entry {
     number: u64,
     instance: InstanceId,
+    generation: Generation,
+    /// It takes no more streams.
+    draining: bool,
     link: LinkHandle,
 }
 
@@ -103,22 +109,32 @@ impl Registry {
         Ok(Place { registry: self.clone(), node: node.clone() })
     }
 
-    /// Adds a link of the place's node, which from now on is that node's preferred one.
-    pub(crate) fn register(&self, place: Place, instance: InstanceId, link: LinkHandle) -> Registration {
+    /// Adds a link of the place's node, which from now on is that node's preferred one, unless the node has made a newer
+    /// one, whose handshake was faster.
+    pub(crate) fn register(
+        &self,
+        place: Place,
+        instance: InstanceId,
+        generation: Generation,
+        link: LinkHandle,
+    ) -> Registration {
         let node = &place.node;
         let mut state = self.state.lock();
+        let held_before = state.generation(node);
         let number = state.next_number;
         state.next_number += 1;
         state.gone.forget(node);
         let entries = state.nodes.entry(node.clone()).or_default();
         let several_before = has_several_instances(entries);
-        entries.insert(0, Entry { number, instance, link });
+        let newer = entries.partition_point(|entry| entry.generation > generation);
+        entries.insert(newer, Entry { number, instance, generation, draining: false, link });
         supersede(entries, node, self.limits.per_node.max(1));
         let several = has_several_instances(entries);
         if several && !several_before {
             warn!(%node, links = entries.len(),
                   "two edge processes serve this node; the newest is preferred. Normal while an agent is being replaced");
         }
+        state.note(node, held_before);
         self.count_several(several_before, several);
         self.metrics.links.inc();
         self.metrics.links_opened.inc();
@@ -138,9 +154,47 @@ impl Registry {
         if serving.is_empty() { Lookup::Draining } else { Lookup::Links(serving) }
     }
 
+    /// Whether there is a link to `node`, or has been one.
+    pub(crate) fn knows(&self, node: &NodeId) -> bool {
+        let state = self.state.lock();
+        state.nodes.contains_key(node) || state.gone.since.contains_key(node)
+    }
+
+    /// Whether there is no link that takes streams.
+    pub(super) fn holds_none(&self) -> bool {
+        let state = self.state.lock();
+        state.nodes.keys().all(|node| state.generation(node).is_none())
+    }
+
+    /// Marked as changed whenever what is held has changed.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.state.lock().changes.subscribe()
+    }
+
+    /// What is held, for a reader that has heard of the first `seen` changes.
+    pub(super) fn held_since(&self, seen: &mut Option<u64>) -> Held {
+        let state = self.state.lock();
+        let all = || {
+            let nodes = state.nodes.keys();
+            nodes.filter_map(|node| Some((node.clone(), state.generation(node)?))).collect()
+        };
+        state.changes.news(seen, |node| state.generation(node), all)
+    }
+
+    fn drains(&self, node: &NodeId, number: u64) {
+        let mut state = self.state.lock();
+        let held_before = state.generation(node);
+        let entries = state.nodes.get_mut(node).into_iter().flatten();
+        for entry in entries.filter(|entry| entry.number == number) {
+            entry.draining = true;
+        }
+        state.note(node, held_before);
+    }
+
     fn remove(&self, node: &NodeId, number: u64) {
         let mut state = self.state.lock();
         self.metrics.links.dec();
+        let held_before = state.generation(node);
         let Some(entries) = state.nodes.get_mut(node) else { return };
         let several_before = has_several_instances(entries);
         let ended = entries.iter().find(|entry| entry.number == number);
@@ -151,6 +205,7 @@ impl Registry {
             state.nodes.remove(node);
             state.gone.remember(node.clone(), last_heard);
         }
+        state.note(node, held_before);
         self.count_several(several_before, several);
     }
 
@@ -160,6 +215,19 @@ impl Registry {
 }
 
 impl State {
+    /// The generation of the node's newest link that takes streams.
+    fn generation(&self, node: &NodeId) -> Option<Generation> {
+        let entries = self.nodes.get(node)?;
+        entries.iter().filter(|entry| !entry.draining).map(|entry| entry.generation).max()
+    }
+
+    /// Tells the readers that what is held of `node` has changed, if it has.
+    fn note(&mut self, node: &NodeId, held_before: Option<Generation>) {
+        if self.generation(node) != held_before {
+            self.changes.note(node);
+        }
+    }
+
     fn last_seen(&self, node: &NodeId) -> Lookup {
         if self.nodes.contains_key(node) {
             // Its link has just ended, and its task is about to say so.
@@ -250,6 +318,11 @@ pub(crate) struct Registration {
 }
 
 impl Registration {
+    /// The edge takes no more streams on it.
+    pub(crate) fn drains(&self) {
+        self.place.registry.drains(&self.place.node, self.number);
+    }
+
     /// Whether the node has a newer link, over which streams come now.
     pub(crate) fn has_successor(&self) -> bool {
         let state = self.place.registry.state.lock();
@@ -286,7 +359,8 @@ mod tests {
 
     fn register(registry: &Arc<Registry>, name: &str, number: u128, link: &TestLink) -> Registration {
         let place = registry.place(&node(name)).unwrap();
-        registry.register(place, instance(number), link.gateway.clone())
+        let generation = registry.state.lock().next_number + 1;
+        registry.register(place, instance(number), generation, link.gateway.clone())
     }
 
     /// How many links serve the node, and the number of streams on the preferred one, which tells links apart.

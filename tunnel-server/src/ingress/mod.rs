@@ -25,7 +25,10 @@ use tracing::{debug, info, warn};
 use tunnel_core::{
     Aborted, GatewayId, Leg, NodeId, Relayed,
     identity::{names_in_certificate, node_from_certificate},
-    proto::messages::{AbortCode, Ingress as IngressKind},
+    proto::{
+        clean_text,
+        messages::{AbortCode, Ingress as IngressKind},
+    },
     relay,
     tls::{Domain, ServerTls},
 };
@@ -80,9 +83,16 @@ pub(crate) struct Client {
     node: Option<NodeId>,
 }
 
-/// A client that may ask. Only [`Ingress::admit`] makes one.
+/// A client that may ask. Only [`Ingress::admit`] makes one, here or at the peer that hands the stream on.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller(String);
+
+impl Caller {
+    /// A peer has admitted it.
+    pub(crate) fn told_by_peer(caller: &str) -> Self {
+        Self(clean_text(caller))
+    }
+}
 
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -266,7 +276,8 @@ impl Ingress {
         failed: impl Future<Output = Aborted>,
     ) {
         self.metrics.replied(protocol.label(), 200, "connected");
-        info!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node,
+        let via = routed.via.as_ref().map(GatewayId::as_str);
+        info!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node, via,
               address = routed.address, protocol = protocol.label(), "connected");
         let _counted = Counted::new(&self.metrics.streams_active);
         let started = Instant::now();

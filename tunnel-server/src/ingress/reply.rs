@@ -13,6 +13,8 @@
 //! | 502 | the host is granted to several nodes: the caller can mend it by naming one | `destination_not_found` |
 //! | 502 | the edge failed otherwise | `proxy_internal_error` |
 //! | 503 | the node is offline, its link was lost, it drains, or this gateway does | `destination_unavailable` |
+//! | 503 | the host is unknown, but what is known of other gateways is not whole | `destination_unavailable` |
+//! | 503 | only a gateway that cannot be reached has a link to the node | `destination_unavailable` |
 //! | 503 | the host is unknown, but the nodes have not been read from the cluster yet | `destination_unavailable` |
 //! | 503 | the link or the edge is full | `connection_limit_reached` |
 //! | 504 | the target was not connected in time | `connection_timeout` |
@@ -108,9 +110,11 @@ fn route_kind(error: &RouteError) -> Kind {
     use RouteError as E;
     match error {
         E::NoSuchNode { .. } => kind(StatusCode::NOT_FOUND, "destination_not_found", "no_such_node"),
+        E::Unsure { .. } => unavailable("destination_unavailable", "directory_incomplete", 1),
         E::NodesUnread { .. } => unavailable("destination_unavailable", "nodes_unread", 5),
         E::Ambiguous { .. } => kind(StatusCode::BAD_GATEWAY, "destination_not_found", "ambiguous"),
-        E::Offline { .. } => unavailable("destination_unavailable", "offline", 5),
+        E::Offline { .. } | E::Nowhere { .. } => unavailable("destination_unavailable", "offline", 5),
+        E::Unreachable { .. } => unavailable("destination_unavailable", "peer_unreachable", 1),
         E::Draining { .. } => unavailable("destination_unavailable", "draining", 1),
         E::LinkLost { .. } => unavailable("destination_unavailable", "link_lost", 1),
         E::GatewayFull { .. } | E::Overloaded { .. } => {
@@ -131,6 +135,7 @@ fn refused_kind(code: RefusalCode) -> Kind {
         C::NameNotResolved => kind(StatusCode::BAD_GATEWAY, "dns_error", "name_not_resolved"),
         C::DialTimeout => kind(StatusCode::GATEWAY_TIMEOUT, "connection_timeout", "dial_timeout"),
         C::Overloaded => unavailable("connection_limit_reached", "overloaded", 1),
+        C::LinkLost => unavailable("destination_unavailable", "link_lost", 1),
         C::Draining => unavailable("destination_unavailable", "draining", 1),
         C::NoSuchNode => kind(StatusCode::NOT_FOUND, "destination_not_found", "no_such_node"),
         C::Unspecified | C::Malformed | C::Unsupported | C::Internal => {
@@ -227,8 +232,23 @@ mod tests {
         let mut all = vec![
             (RouteError::NoSuchNode { host: host() }, 404, "destination_not_found"),
             (RouteError::NodesUnread { host: host(), cause: text() }, 503, "destination_unavailable"),
+            (RouteError::Unsure { host: host(), cause: text() }, 503, "destination_unavailable"),
+            (
+                RouteError::Nowhere {
+                    node: node(),
+                    gateway: "gw-b".parse().unwrap(),
+                    ago: Duration::from_secs(3),
+                },
+                503,
+                "destination_unavailable",
+            ),
             (RouteError::Ambiguous { host: host(), nodes: vec![node()] }, 502, "destination_not_found"),
             (RouteError::Offline { node: node(), last_seen: None }, 503, "destination_unavailable"),
+            (
+                RouteError::Unreachable { node: node(), gateways: vec!["gw-b".parse().unwrap()] },
+                503,
+                "destination_unavailable",
+            ),
             (RouteError::Draining { node: node() }, 503, "destination_unavailable"),
             (RouteError::GatewayFull { max: 9 }, 503, "connection_limit_reached"),
             (RouteError::Overloaded { node: node(), text: text() }, 503, "connection_limit_reached"),
@@ -249,6 +269,7 @@ mod tests {
             (RefusalCode::Unsupported, 502, "proxy_internal_error"),
             (RefusalCode::Internal, 502, "proxy_internal_error"),
             (RefusalCode::NoSuchNode, 404, "destination_not_found"),
+            (RefusalCode::LinkLost, 503, "destination_unavailable"),
         ];
         all.extend(codes.map(|(code, status, proxy_error)| {
             (RouteError::Refused { node: node(), code, text: text() }, status, proxy_error)

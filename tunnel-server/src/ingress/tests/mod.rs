@@ -11,6 +11,7 @@ use tunnel_core::{InstanceId, LinkConfig, proto::messages::RefusalCode};
 
 use super::{Ingress, IngressSettings, is_sane_id, is_traceparent};
 use crate::{
+    directory::{Directory, Memory},
     edges::registry::{LinkLimits, Registration, Registry},
     grants::{Grants, SharedGrants},
     listener::PeerAddr,
@@ -55,7 +56,8 @@ impl Site {
         change(&mut settings);
         let grants: Grants = grants.iter().map(|(name, what)| (node(name), what.parse().unwrap())).collect();
         let registry = Registry::new(LinkLimits { total: 4, per_node: 4 }, metrics());
-        let router = Router::new(registry.clone(), SharedGrants::new(grants), DIAL_TIMEOUT, MAX_STREAMS);
+        let (grants, alone) = (SharedGrants::new(grants), (Arc::new(Memory) as Arc<dyn Directory>, None));
+        let router = Router::new(registry.clone(), grants, alone, DIAL_TIMEOUT, MAX_STREAMS, metrics());
         let (draining, stopping) = (CancellationToken::new(), CancellationToken::new());
         let ingress = Ingress::new(settings, router, metrics(), draining.clone(), stopping.clone());
         let edge = TestLink::with(link).await;
@@ -70,7 +72,9 @@ impl Site {
 
     fn register_as(&self, name: &str, link: &TestLink, instance: u128) -> Registration {
         let place = self.registry.place(&node(name)).unwrap();
-        self.registry.register(place, InstanceId::from_random(instance), link.gateway.clone())
+        // A higher number is a newer process here.
+        let generation = u64::try_from(instance).unwrap();
+        self.registry.register(place, InstanceId::from_random(instance), generation, link.gateway.clone())
     }
 
     /// A client's connection, and the task that serves it.

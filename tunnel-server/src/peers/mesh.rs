@@ -1,0 +1,583 @@
+//! This gateway's links to all others, for its own use: it dials each member, keeps the link up, listens to what the
+//! far side tells, and opens streams on it for `route`. The far side of each such link is the other's [`super::door`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use tunnel_core::{
+    ConnectError, GatewayId, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Target,
+    proto::{
+        ALPN_PEER, VERSIONS,
+        messages::{Capability, Gateway, Hello, Holdings, RejectCode},
+    },
+    tls::{self, ClientTls},
+};
+
+use super::Member;
+use crate::{
+    directory::{Directory, Untold},
+    listener::report_panic,
+    metrics::Metrics,
+};
+
+/// Waits between attempts: short, since a gateway that is back must be found soon, and there are few of them.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A link that ended sooner than this has not been a success: the next attempt waits as after a failure.
+const SHORT_LIVED: Duration = Duration::from_secs(5);
+/// A failure that goes on is logged again, loudly, this often.
+const REMIND_PERIOD: Duration = Duration::from_secs(300);
+
+/// Connects to peers: TCP, or what a simulation has in its place.
+pub trait Dial: Clone + Send + Sync + 'static {
+    /// A connection.
+    type Conn: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    /// Connects. Must be cancel-safe.
+    fn dial(&self, address: &Target) -> impl Future<Output = io::Result<Self::Conn>> + Send;
+}
+
+/// Connects by TCP.
+#[derive(Clone, Copy, Debug)]
+pub struct DialTcp;
+
+impl Dial for DialTcp {
+    type Conn = TcpStream;
+
+    async fn dial(&self, address: &Target) -> io::Result<TcpStream> {
+        let stream = match address.host {
+            tunnel_core::Host::Ip(ip) => TcpStream::connect((ip, address.port)).await?,
+            tunnel_core::Host::Name(ref name) => TcpStream::connect((name.as_str(), address.port)).await?,
+        };
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+}
+
+/// What a gateway says of itself to its peers, and to edges of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Own {
+    pub(crate) gateway: GatewayId,
+    /// Tells this process from one before it of the same name.
+    pub(crate) instance: InstanceId,
+    /// Where edges reach this very gateway, if they can.
+    pub(crate) edge_address: Option<Target>,
+    /// Cancelled once it is about to leave.
+    pub(crate) leaving: CancellationToken,
+}
+
+impl Own {
+    pub(crate) fn introduction(&self) -> Gateway {
+        Gateway {
+            id: self.gateway.to_string(),
+            edge_address: self.edge_address.as_ref().map(ToString::to_string).unwrap_or_default(),
+            draining: self.leaving.is_cancelled(),
+        }
+    }
+}
+
+/// The links to all other gateways.
+#[derive(Debug)]
+pub(crate) struct Mesh {
+    own: Own,
+    directory: Arc<dyn Directory>,
+    config: LinkConfig,
+    connect_timeout: Duration,
+    links: Mutex<BTreeMap<GatewayId, PeerLink>>,
+    next_number: AtomicU64,
+    /// Of the first members that were known, how many have neither failed nor told what they hold; `None` before there
+    /// are members.
+    unheard: Mutex<Option<usize>>,
+    /// Members that there is no link to, now.
+    unlinked: Mutex<BTreeSet<String>>,
+    /// What edges are told: all gateways that are known, this one among them.
+    gateways: watch::Sender<Arc<Vec<Gateway>>>,
+    metrics: Metrics,
+}
+
+#[derive(Debug)]
+struct PeerLink {
+    /// Unique, so that what an earlier link to the same gateway still brings is told from what this one does.
+    number: u64,
+    link: LinkHandle,
+    /// What it says of itself, once it has.
+    about: Option<Gateway>,
+}
+
+/// Why there is no link to a peer.
+#[derive(Debug, thiserror::Error)]
+enum PeerError {
+    #[error("cannot connect: {0}")]
+    Dial(io::Error),
+    #[error("TLS failed: {0}")]
+    Tls(String),
+    #[error(
+        "TLS works, but the far side does not speak edge-tunnel-peer/1: is this a gateway's port for peers?"
+    )]
+    Alpn,
+    #[error(transparent)]
+    Link(ConnectError),
+    #[error("the far side's name is not usable: {0}")]
+    Name(String),
+    #[error("there is a link to gateway {0} already: is it listed twice, or are there two of that name?")]
+    Twice(GatewayId),
+    #[error("no link within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    /// Not an error: a list of all gateways names this one too.
+    #[error("it is this very gateway")]
+    Own,
+}
+
+impl Mesh {
+    pub(crate) fn new(
+        own: Own,
+        directory: Arc<dyn Directory>,
+        config: LinkConfig,
+        connect_timeout: Duration,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        let gateways = watch::Sender::new(Arc::new(vec![own.introduction()]));
+        Arc::new(Self {
+            own,
+            directory,
+            config,
+            connect_timeout,
+            links: Mutex::default(),
+            next_number: 1.into(),
+            unheard: Mutex::default(),
+            unlinked: Mutex::default(),
+            gateways,
+            metrics,
+        })
+    }
+
+    /// The link to a gateway, if there is one that takes streams.
+    pub(crate) fn link(&self, gateway: &GatewayId) -> Option<LinkHandle> {
+        let links = self.links.lock();
+        let link = &links.get(gateway)?.link;
+        (!link.is_closed() && !link.peer_draining()).then(|| link.clone())
+    }
+
+    /// Whether a gateway has said that it is about to leave.
+    pub(crate) fn is_leaving(&self, gateway: &GatewayId) -> bool {
+        self.links
+            .lock()
+            .get(gateway)
+            .is_some_and(|peer| peer.about.as_ref().is_some_and(|about| about.draining))
+    }
+
+    /// Whether every gateway that could be asked has told what it holds, at least once.
+    pub(crate) fn has_heard(&self) -> bool {
+        let unheard = *self.unheard.lock();
+        if self.directory.wants_holdings() {
+            unheard == Some(0)
+        } else {
+            // Where a directory apart knows the others, there may be none.
+            self.directory.gap().is_none() && unheard.is_none_or(|unheard| unheard == 0)
+        }
+    }
+
+    /// Why a node that nobody is known to hold may be held all the same, if so.
+    pub(crate) fn gap(&self) -> Option<String> {
+        if let Some(gap) = self.directory.gap() {
+            return Some(gap.to_owned());
+        }
+        if self.directory.wants_holdings() && !self.has_heard() {
+            return Some("the other gateways have not told yet which nodes they hold".to_owned());
+        }
+        let unlinked = self.unlinked.lock();
+        let address = unlinked.first()?;
+        Some(format!("there is no link to the gateway at {address}, which may hold it"))
+    }
+
+    /// All gateways that are known, as edges are told.
+    pub(crate) fn gateways(&self) -> watch::Receiver<Arc<Vec<Gateway>>> {
+        self.gateways.subscribe()
+    }
+
+    /// Keeps links to all members until `stop`, then closes them.
+    ///
+    /// Dropping the future drops every link.
+    pub(crate) async fn run<D: Dial>(
+        self: Arc<Self>,
+        mut members: watch::Receiver<Vec<Member>>,
+        tls: ClientTls,
+        dial: D,
+        seed: u64,
+        stop: CancellationToken,
+    ) {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut keepers = JoinSet::new();
+        let mut listed: Vec<(Member, CancellationToken)> = Vec::new();
+        let mut source_is_there = true;
+        loop {
+            let now = members.borrow_and_update().clone();
+            // One that is not listed any more keeps its link for as long as that holds: the list may be what is wrong.
+            listed.retain(|(member, unlisted)| {
+                let stays = now.contains(member);
+                if !stays {
+                    unlisted.cancel();
+                }
+                stays
+            });
+            let is_first = !now.is_empty() && self.unheard.lock().is_none();
+            if is_first {
+                *self.unheard.lock() = Some(now.len());
+            }
+            for member in now {
+                if !listed.iter().any(|(known, _)| *known == member) {
+                    let unlisted = CancellationToken::new();
+                    let keeper = Keeper {
+                        mesh: self.clone(),
+                        member: member.clone(),
+                        tls: tls.clone(),
+                        rng: SmallRng::seed_from_u64(rng.random()),
+                        unlisted: unlisted.clone(),
+                        stop: stop.clone(),
+                        unheard: is_first,
+                        complaint: None,
+                    };
+                    keepers.spawn(keeper.run(dial.clone()));
+                    listed.push((member, unlisted));
+                }
+            }
+            tokio::select! {
+                // The end first; then keepers that have ended, so that they do not pile up.
+                biased;
+                () = stop.cancelled() => break,
+                Some(ended) = keepers.join_next() => report_panic("a peer's keeper", ended),
+                changed = members.changed(), if source_is_there => source_is_there = changed.is_ok(),
+                // Edges are told at once that this gateway is about to leave.
+                () = self.own.leaving.cancelled(), if !self.told_leaving() => self.tell(),
+            }
+        }
+        while let Some(ended) = keepers.join_next().await {
+            report_panic("a peer's keeper", ended);
+        }
+    }
+
+    fn told_leaving(&self) -> bool {
+        self.gateways
+            .borrow()
+            .iter()
+            .any(|gateway| gateway.id == self.own.gateway.as_str() && gateway.draining)
+    }
+
+    /// Brings up to date what edges are told.
+    fn tell(&self) {
+        let links = self.links.lock();
+        let mut gateways = vec![self.own.introduction()];
+        // One that has not said where edges reach it is no place to go yet.
+        gateways.extend(links.values().filter_map(|peer| peer.about.clone()));
+        gateways.sort_by(|one, other| one.id.cmp(&other.id));
+        self.metrics.peer_links.set(i64::try_from(links.len()).unwrap_or(i64::MAX));
+        self.gateways.send_if_modified(|known| {
+            let changed = **known != gateways;
+            if changed {
+                *known = Arc::new(gateways);
+            }
+            changed
+        });
+    }
+
+    /// Enters a link under a number of its own, unless there is one to that gateway already.
+    pub(crate) fn enter(&self, gateway: &GatewayId, link: &LinkHandle) -> Option<u64> {
+        let mut links = self.links.lock();
+        if links.get(gateway).is_some_and(|known| !known.link.is_closed()) {
+            return None;
+        }
+        let number = self.next_number.fetch_add(1, Relaxed);
+        links.insert(gateway.clone(), PeerLink { number, link: link.clone(), about: None });
+        // What an earlier link told is gone before this one tells anything.
+        self.directory.peer_silent(gateway);
+        Some(number)
+    }
+
+    pub(crate) fn introduced(&self, gateway: &GatewayId, number: u64, about: Gateway) {
+        if let Some(peer) = self.links.lock().get_mut(gateway).filter(|peer| peer.number == number) {
+            peer.about = Some(Gateway { id: gateway.to_string(), ..about });
+        }
+        self.tell();
+    }
+
+    fn told(&self, gateway: &GatewayId, number: u64, holdings: Holdings) -> Result<(), Untold> {
+        let links = self.links.lock();
+        // Under the lock, so that no other link comes up between the look and the word.
+        match links.get(gateway) {
+            Some(peer) if peer.number == number => self.directory.peer_told(gateway, holdings),
+            _ => Ok(()),
+        }
+    }
+
+    fn leave(&self, gateway: &GatewayId, number: u64) {
+        let mut links = self.links.lock();
+        // Under the lock, so that a link that comes up meanwhile is not silenced.
+        if links.get(gateway).is_some_and(|known| known.number == number) {
+            links.remove(gateway);
+            self.directory.peer_silent(gateway);
+        }
+        drop(links);
+        self.tell();
+    }
+
+    /// One of the first members has been heard, or cannot be asked.
+    fn heard_one(&self) {
+        if let Some(unheard) = &mut *self.unheard.lock() {
+            *unheard = unheard.saturating_sub(1);
+        }
+    }
+}
+
+/// Keeps the link to one member.
+struct Keeper {
+    mesh: Arc<Mesh>,
+    member: Member,
+    tls: ClientTls,
+    rng: SmallRng,
+    /// Cancelled when the member is not listed any more: then it is not dialled again.
+    unlisted: CancellationToken,
+    stop: CancellationToken,
+    /// It is one of the first members, and has neither failed nor told what it holds.
+    unheard: bool,
+    complaint: Option<(String, Instant)>,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.mesh.unlinked.lock().remove(&self.member.address.to_string());
+    }
+}
+
+impl Keeper {
+    async fn run<D: Dial>(mut self, dial: D) {
+        let mut pause = FIRST_PAUSE;
+        while !self.unlisted.is_cancelled() && !self.stop.is_cancelled() {
+            let attempt = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                attempt = self.connect(&dial) => attempt,
+            };
+            match attempt {
+                Ok((link, gateway, number)) => {
+                    self.complaint = None;
+                    let up_since = Instant::now();
+                    self.mesh.unlinked.lock().remove(&self.member.address.to_string());
+                    self.hold(link, &gateway, number).await;
+                    if up_since.elapsed() >= SHORT_LIVED {
+                        pause = FIRST_PAUSE;
+                    }
+                }
+                Err(PeerError::Own) => {
+                    self.has_heard();
+                    debug!(address = %self.member.address, "this is the address of this very gateway");
+                    // Another gateway may come to have the address, but then it is listed anew or this one has gone.
+                    return;
+                }
+                // It is linked already, under another address.
+                Err(error @ PeerError::Twice(_)) => {
+                    self.complain(&error);
+                    self.has_heard();
+                    self.pause(&mut pause).await;
+                    continue;
+                }
+                Err(error) => self.complain(&error),
+            }
+            self.mesh.unlinked.lock().insert(self.member.address.to_string());
+            self.has_heard();
+            self.pause(&mut pause).await;
+        }
+    }
+
+    /// Waits before the next attempt, longer each time.
+    async fn pause(&mut self, pause: &mut Duration) {
+        let wait = self.rng.random_range(*pause / 2..=*pause);
+        *pause = (*pause * 2).min(LONGEST_PAUSE);
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {}
+            () = self.unlisted.cancelled() => {}
+            () = sleep(wait) => {}
+        }
+    }
+
+    async fn connect<D: Dial>(&self, dial: &D) -> Result<(Link, GatewayId, u64), PeerError> {
+        let limit = self.mesh.connect_timeout;
+        timeout(limit, self.attempt(dial)).await.unwrap_or(Err(PeerError::TimedOut(limit)))
+    }
+
+    async fn attempt<D: Dial>(&self, dial: &D) -> Result<(Link, GatewayId, u64), PeerError> {
+        let Member { address, server_name } = &self.member;
+        let connection = dial.dial(address).await.map_err(PeerError::Dial)?;
+        let connection = self
+            .tls
+            .connector()
+            .connect(server_name.clone(), connection)
+            .await
+            .map_err(|error| PeerError::Tls(tls::explain(&error)))?;
+        if connection.get_ref().1.alpn_protocol() != Some(ALPN_PEER) {
+            return Err(PeerError::Alpn);
+        }
+        let connected = Link::connect(connection, self.mesh.hello(), self.mesh.config).await;
+        let (link, welcome) = match connected {
+            Ok(connected) => connected,
+            Err(ConnectError::Rejected(reject)) if reject.code() == RejectCode::SameGateway => {
+                return Err(PeerError::Own);
+            }
+            Err(error) => return Err(PeerError::Link(error)),
+        };
+        let gateway =
+            welcome.gateway_id.parse::<GatewayId>().map_err(|error| PeerError::Name(error.to_string()))?;
+        match self.mesh.enter(&gateway, &link.handle()) {
+            Some(number) => Ok((link, gateway, number)),
+            None => Err(PeerError::Twice(gateway)),
+        }
+    }
+
+    /// Listens to a peer until its link ends.
+    async fn hold(&mut self, mut link: Link, gateway: &GatewayId, number: u64) {
+        let (mesh, handle, up_since) = (self.mesh.clone(), link.handle(), Instant::now());
+        info!(%gateway, address = %self.member.address, "linked to a peer");
+        mesh.tell();
+        if !mesh.directory.wants_holdings() {
+            self.has_heard();
+        }
+        let (mut told_to_close, mut incomplete) = (false, false);
+        let end: LinkError = loop {
+            tokio::select! {
+                // What the peer told counts, whatever this side wants.
+                biased;
+                event = link.next() => match event {
+                    LinkEvent::Closed(error) => break error,
+                    LinkEvent::Holdings(_) if incomplete => {}
+                    LinkEvent::Holdings(holdings) => {
+                        let is_whole = !holdings.more;
+                        if let Err(untold) = mesh.told(gateway, number, holdings) {
+                            incomplete = true;
+                            warn!(%gateway, cause = %untold, "the peer's word cannot be taken; making a new link");
+                            handle.close(&untold.to_string());
+                        } else if is_whole {
+                            self.has_heard();
+                        }
+                    }
+                    LinkEvent::Gateway(about) => mesh.introduced(gateway, number, about),
+                    // The handle knows it. Peers open no streams here, and updates are for edges.
+                    LinkEvent::Draining(_) | LinkEvent::Stream(_) | LinkEvent::Updated(_) => {}
+                },
+                () = self.stop.cancelled(), if !told_to_close => {
+                    told_to_close = true;
+                    handle.close("the gateway stops");
+                }
+            }
+        };
+        mesh.leave(gateway, number);
+        let up_ms = up_since.elapsed().as_millis();
+        if told_to_close {
+            info!(%gateway, cause = %end, up_ms, "link to a peer closed");
+        } else {
+            warn!(%gateway, address = %self.member.address, cause = %end, up_ms, "link to a peer lost");
+        }
+    }
+
+    fn has_heard(&mut self) {
+        if std::mem::take(&mut self.unheard) {
+            self.mesh.heard_one();
+        }
+    }
+
+    /// Says in the log why there is no link: loudly when it is news, or has been going on for a while.
+    fn complain(&mut self, error: &PeerError) {
+        let (text, now) = (error.to_string(), Instant::now());
+        let is_known = |(known, said): &(String, Instant)| *known == text && now - *said < REMIND_PERIOD;
+        if self.complaint.as_ref().is_some_and(is_known) {
+            debug!(address = %self.member.address, cause = text, "still no link to the peer");
+        } else {
+            warn!(address = %self.member.address, cause = text, "no link to a peer; trying on");
+            self.complaint = Some((text, now));
+        }
+    }
+}
+
+impl Mesh {
+    fn hello(&self) -> Hello {
+        let wants = self.directory.wants_holdings().then_some(Capability::Holdings.into());
+        Hello {
+            min_version: VERSIONS.0,
+            max_version: VERSIONS.1,
+            software: concat!("tunnel-server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            instance_id: self.own.instance.as_str().to_owned(),
+            capabilities: wants.into_iter().collect(),
+            max_streams: u32::try_from(self.config.max_streams).unwrap_or(u32::MAX),
+            gateway_id: self.own.gateway.to_string(),
+            ..Hello::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tunnel_core::proto::messages::Holding;
+
+    use super::*;
+    use crate::{
+        directory::peers::Peers,
+        testing::{TestLink, metrics, node},
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_links_to_a_gateway_the_first_counts_and_a_late_end_changes_nothing() {
+        let own = Own {
+            gateway: "gw-a".parse().unwrap(),
+            instance: InstanceId::from_random(1),
+            edge_address: None,
+            leaving: CancellationToken::new(),
+        };
+        let directory = Arc::new(Peers::default());
+        let mesh =
+            Mesh::new(own, directory.clone(), LinkConfig::default(), Duration::from_secs(1), metrics());
+        let b: GatewayId = "gw-b".parse().unwrap();
+        let told = |epoch, name: &str| Holdings {
+            epoch,
+            holdings: vec![Holding { node: name.to_owned(), generation: 1 }],
+            ..Holdings::default()
+        };
+        let is_held = |name: &str| !directory.holders(&node(name)).is_empty();
+        let (first, second) = (TestLink::up().await, TestLink::up().await);
+        let number = mesh.enter(&b, &first.gateway).unwrap();
+        assert_eq!(mesh.enter(&b, &second.gateway), None, "there is one already");
+        mesh.told(&b, number, told(7, "edge-a")).unwrap();
+        // Not a place to go before it has said where that is.
+        assert_eq!(mesh.gateways().borrow().len(), 1);
+        mesh.introduced(&b, number, Gateway { edge_address: "b:1".to_owned(), ..Gateway::default() });
+        assert_eq!(mesh.gateways().borrow().len(), 2);
+
+        first.edge.handle().close("test");
+        first.closed().await;
+        assert!(is_held("edge-a") && mesh.link(&b).is_none(), "its end is not noticed yet");
+        let newer = mesh.enter(&b, &second.gateway).unwrap();
+        assert!(!is_held("edge-a"), "what the old link told");
+        mesh.told(&b, newer, told(2, "edge-b")).unwrap();
+        mesh.told(&b, number, told(8, "edge-a")).unwrap();
+        mesh.leave(&b, number);
+        assert!(is_held("edge-b") && !is_held("edge-a") && mesh.link(&b).is_some());
+        mesh.leave(&b, newer);
+        assert!(!is_held("edge-b") && mesh.link(&b).is_none());
+    }
+}

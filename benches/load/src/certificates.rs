@@ -1,0 +1,91 @@
+//! Everyone's credentials, as files in a temporary folder: the gateway's, each edge's own, and those of the ingress's
+//! client. Made once for each run by `main`.
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tunnel_core::{
+    GatewayId, NodeId,
+    tls::{Domain, Files},
+};
+use tunnel_server::pki::{AltName, Authority, Issued, PkiError, Profile, Validity};
+
+/// By this name the gateway is verified.
+pub(crate) const GATEWAY_NAME: &str = "localhost";
+/// Far more than a measurement takes.
+const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Why there are none.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CertificateError {
+    #[error(transparent)]
+    Make(#[from] PkiError),
+    #[error("cannot write {path}: {error}")]
+    Write { path: PathBuf, error: io::Error },
+}
+
+/// Files of everyone's credentials.
+pub(crate) struct Certificates {
+    folder: PathBuf,
+}
+
+impl Certificates {
+    /// Makes them all: two CAs, a certificate of `gateway` from each, one of each node, and one client's.
+    pub(crate) fn make(
+        folder: &Path,
+        gateway: &GatewayId,
+        nodes: &[NodeId],
+    ) -> Result<Self, CertificateError> {
+        let certificates = Self { folder: folder.to_owned() };
+        let validity = Validity::lasting(LIFETIME);
+        let names = vec![AltName::Dns(GATEWAY_NAME.to_owned()), AltName::Ip(Ipv4Addr::LOCALHOST.into())];
+        let gateway = Profile::Gateway { name: gateway.clone(), names };
+        let edges = Authority::new(Domain::Edge, validity)?;
+        let control_plane = Authority::new(Domain::ControlPlane, validity)?;
+        for authority in [&edges, &control_plane] {
+            let files = certificates.gateway(authority.domain());
+            write(&files.ca, authority.cert_pem())?;
+            save(&files, &authority.issue(&gateway, validity)?)?;
+        }
+        for node in nodes {
+            let profile = Profile::Edge { node: node.clone() };
+            save(&certificates.edge(node), &edges.issue(&profile, validity)?)?;
+        }
+        let client = Profile::Client { name: "tunnel-load".to_owned() };
+        save(&certificates.client(), &control_plane.issue(&client, validity)?)?;
+        Ok(certificates)
+    }
+
+    /// What the gateway shows on one of its sides.
+    pub(crate) fn gateway(&self, domain: Domain) -> Files {
+        self.files(&format!("gateway-{domain}"), domain)
+    }
+
+    /// What the edge of a node shows.
+    pub(crate) fn edge(&self, node: &NodeId) -> Files {
+        self.files(node.as_str(), Domain::Edge)
+    }
+
+    /// What the client of the ingress shows.
+    pub(crate) fn client(&self) -> Files {
+        self.files("client", Domain::ControlPlane)
+    }
+
+    fn files(&self, name: &str, domain: Domain) -> Files {
+        let own = self.folder.join(format!("{name}.pem"));
+        Files { cert: own.clone(), key: own, ca: self.folder.join(format!("{domain}-ca.pem")) }
+    }
+}
+
+/// Certificate and key in one file.
+fn save(files: &Files, issued: &Issued) -> Result<(), CertificateError> {
+    write(&files.cert, &(issued.cert_pem.clone() + &issued.key_pem))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), CertificateError> {
+    fs::write(path, text).map_err(|error| CertificateError::Write { path: path.to_owned(), error })
+}

@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import Cases, MiB  # noqa: E402
 from client import Kubectl  # noqa: E402
 from cluster import Cluster  # noqa: E402
+from gateways import Gateways  # noqa: E402
 from guide import Guide  # noqa: E402
 from lab import Lab  # noqa: E402
 from report import Report  # noqa: E402
+from several import Several  # noqa: E402
 from tunnel import Tunnel  # noqa: E402
 
 
@@ -30,6 +32,7 @@ def arguments():
     parser.add_argument("--kubectls", required=True, help="folder with kubectl.MAJOR.MINOR programs")
     parser.add_argument("--only")
     parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--gateways", action="store_true", help="only the cases with several gateways, all of them")
     return parser.parse_args()
 
 
@@ -62,7 +65,7 @@ def main():
     try:
         run(lab, options, report, say)
     except Exception as failure:
-        for host in [lab.cloud, *lab.edges]:
+        for host in lab.hosts:
             for daemon in host.daemons.values():
                 ended = "" if daemon.alive() else " (ended)"
                 print(f"\n--- {host.name} {daemon.name}{ended}\n{daemon.tail()}", file=sys.stderr)
@@ -94,7 +97,9 @@ def run(lab, options, report, say):
     cases.prepare()
     say(f"{len(lab.edges)} nodes are ready")
     case = report.case
-    if not options.slow:
+    gateways = Gateways(lab, cluster, tunnel)
+    several = Several(lab, cluster, gateways)
+    if not options.slow and not options.gateways:
         case(0, "a direct dial from cloud to edge fails", cases.edges_cannot_be_dialled)
         case(0, "without a tunnel, kubectl exec fails", cases.nothing_works_without_a_tunnel, websocket)
 
@@ -103,6 +108,13 @@ def run(lab, options, report, say):
     say("the tunnel is up")
     if options.slow:
         case(2, "logs -f is alive after five idle minutes", cases.idle_logs, websocket, 300)
+        return
+    if options.gateways:
+        several_gateways(case, several, say)
+        for kubectl in clients:
+            through_the_balancer(case, cases, kubectl, 64 * MiB)
+        case(8, "logs -f goes on while other gateways restart", several.logs_outlive_other_gateways, websocket)
+        gateways_come_and_go(case, several, clients, list(gateways.hosts))
         return
     for kubectl in clients:
         size = 8 if kubectl is spdy and oldest in clients else 200
@@ -137,6 +149,38 @@ def run(lab, options, report, say):
     case(4, "admission webhooks in pods, by address", cases.webhooks_by_address)
     case(7, "the gateway restarts, Unix socket", cases.gateway_restarts, websocket)
     case(7, "the gateway is killed amid cp from the node, Unix socket", cases.killed_amid_download, websocket)
+
+    tunnel.switch_back_to_tcp()
+    several_gateways(case, several, say)
+    gateways_come_and_go(case, several, [websocket], ["gateway-2"])
+
+
+def several_gateways(case, several, say):
+    """Sets them up; what is deployed for that."""
+    several.gateways.make_namespace()
+    case(8, "the manifests are accepted by kube-apiserver", several.manifests_are_accepted)
+    several.gateways.prepare()
+    case(8, "the ConfigMaps' configurations are good", several.configurations_are_good)
+    several.gateways.begin()
+    say("three gateways are up, and the agents are pods")
+    case(8, "the pods have the rights that they need, and no more", several.pods_are_as_they_should_be)
+
+
+def gateways_come_and_go(case, several, clients, killed):
+    for kubectl in clients:
+        case(8, f"a gateway is killed under exec, {kubectl}", several.next_exec_works, kubectl, killed)
+        case(8, f"a rolling restart of all gateways under exec, {kubectl}", several.rolling_restart, kubectl)
+
+
+def through_the_balancer(case, cases, kubectl, size):
+    for name, test, *more in [
+        ("exec: output, errors, exit code, both nodes", cases.exec_runs_and_exits),
+        ("logs -f: lines within a second", cases.logs_follow),
+        ("port-forward: parallel connections", cases.forward_carries),
+        ("cp: both ways, same sums", cases.cp_both_ways, size),
+        ("both nodes at once: never the wrong one", cases.never_the_wrong_node),
+    ]:
+        case(8, f"three gateways, {kubectl}: {name}", test, kubectl, *more)
 
 
 def kubectl_cases(case, cases, kubectl, ingress, size):

@@ -1,6 +1,7 @@
 """What must work, each case an assertion on what the real programs print. Numbered as the points of the promise:
 
  1 egress selector   2 kubectl   3 many streams   4 webhooks and grants   5 the right node   6 rotation   7 restarts
+ 8 several gateways (several.py)
 """
 
 import base64

@@ -10,7 +10,7 @@ from lab import check
 
 BLOCK = re.compile(r"^```(?:sh|text) ?([\w -]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WORDS = {("build",), ("cloud",), ("cloud", "runs"), ("cloud", "tries"), ("cloud", "unix"), ("cloud", "urls"),
-         ("kube-apiserver",), ("node",), ("node", "runs")}
+         ("cloud", "gateways"), ("cloud", "agents"), ("haproxy",), ("kube-apiserver",), ("node",), ("node", "runs")}
 
 
 class Guide:

@@ -5,6 +5,7 @@
                                       |
                                       +------ router of site a (10.77.0.11, NAT) --- edge-a (192.168.1.10)
 
+Where there are several gateways, each is a host of its own on the wan, and the cloud has the load balancer.
 The whole rig runs inside namespaces of its own (see `run`), so that the end of its first process ends everything here:
 processes, networks and mounts. A host sees the machine's files; what it writes under /etc, /opt, /run, /usr/local and
 /var is its own.
@@ -172,6 +173,19 @@ class Lab:
         self.cable(self.cloud, f"{CLOUD}/24", "wan0")
         self.sites = {site: self.site(site) for site in ROUTERS}
         self.towards("a")
+        self.others = []
+
+    @property
+    def hosts(self):
+        """All on which programs run."""
+        return [self.cloud, *self.others, *self.edges]
+
+    def another(self, name, address):
+        """One more host on the wan."""
+        host = Host(self, name)
+        self.others.append(host)
+        self.cable(host, f"{address}/24", "wan0")
+        return host
 
     def towards(self, site):
         """The cloud knows a way to the edges of one site, so that only the router's rule keeps it out."""
@@ -206,7 +220,7 @@ class Lab:
         return router, edge
 
     def stop(self):
-        for host in [self.cloud, *self.edges]:
+        for host in self.hosts:
             for daemon in reversed(host.daemons.values()):
                 if daemon.alive():
                     daemon.process.kill()

@@ -5,6 +5,7 @@ import signal
 from lab import check, until
 
 ADMIN = {"gateway": "http://127.0.0.1:8132", "edge": "http://127.0.0.1:8133"}
+EGRESS = "/etc/kubernetes/egress.yaml"
 
 
 class Tunnel:
@@ -46,9 +47,14 @@ class Tunnel:
             edge.write("/etc/edge-tunnel/gateway-ca.crt", self.cloud.read("/etc/edge-tunnel/pki/edge/ca.crt"))
 
     def switch_to_unix_socket(self):
+        self.cloud.sh(f"cp {EGRESS} {EGRESS}.tcp")
         self.stop_gateway()
         self.follow(self.cloud, self.guide.text("cloud", "unix"))
         self.start_gateway()
+
+    def switch_back_to_tcp(self):
+        """For kube-apiserver, when it starts anew."""
+        self.cloud.sh(f"mv {EGRESS}.tcp {EGRESS}")
 
     def send_control_plane_traffic_too(self):
         self.follow(self.cloud, self.guide.text("cloud", "urls"))

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import shlex
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,9 @@ from netlab.lab import Failed, Lab, enter  # noqa: E402
 from picture import draw  # noqa: E402
 from record import Record  # noqa: E402
 from report import Report, check  # noqa: E402
+from traffic import LIMIT, Outcome  # noqa: E402
 
+DIRECTORIES = ("peers", "etcd")
 DESCRIPTION = """\
 Three gateways behind haproxy, six edges behind NAT, a load of requests of which each is counted, and faults.
 
@@ -35,7 +38,7 @@ def arguments() -> argparse.Namespace:
         prog="tests/cluster/run", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1, metavar="N", help="of chaos, over all directories (1)")
     parser.add_argument("--seed", type=int, metavar="S", help="of the chaos; drawn and printed if not given")
-    parser.add_argument("--directory", choices=("peers", "etcd", "both"), default="both")
+    parser.add_argument("--directory", choices=(*DIRECTORIES, "both"), default="both")
     parser.add_argument("--addresses", choices=ADDRESSES,
                         help="whether edges can reach each gateway itself; as the seed says if not given")
     parser.add_argument("--out", type=Path, metavar="DIR",
@@ -56,17 +59,17 @@ def main() -> int:
     out = options.out or Path(tempfile.mkdtemp(prefix="edge-tunnel-cluster."))
     out.mkdir(parents=True, exist_ok=True)
     print(f"==> seed {seed}, output in {out}", flush=True)
-    directories = ("peers", "etcd") if options.directory == "both" else (options.directory,)
-    # Each directory with another kind of addresses; which ones, the seed says.
-    kinds = random.Random(seed).sample(ADDRESSES, len(directories))
+    directories = DIRECTORIES if options.directory == "both" else (options.directory,)
+    # Each directory with another kind of addresses; which ones, the seed says, whichever of them are run.
+    kinds = dict(zip(DIRECTORIES, random.Random(seed).sample(ADDRESSES, len(DIRECTORIES))))
     report = Report(options.only)
     work = Path(tempfile.mkdtemp(prefix="work.", dir=out))
     try:
         with Lab() as lab:
             cluster = Cluster(lab, work, options.binaries)
-            for directory, kind in zip(directories, kinds):
+            for directory in directories:
                 seconds = options.minutes * 60 / len(directories)
-                run(cluster, report, directory, options.addresses or kind, seed, seconds, out)
+                run(cluster, report, directory, options.addresses or kinds[directory], seed, seconds, out)
     except Failed as failure:
         report.add("-", "everything that should have come after this", "FAILED", 0.0, str(failure))
     code = report.finish()
@@ -74,9 +77,18 @@ def main() -> int:
         logs = out / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         shutil.move(work / "logs", logs)
-        print(f"the logs of all programs: {logs}; to see the same faults again: --seed {seed}")
+        print(f"the logs of all programs: {logs}; the same faults again: {again(options, seed)}")
     shutil.rmtree(work)
     return code
+
+
+def again(options: argparse.Namespace, seed: int) -> str:
+    """The command for it."""
+    words = ["tests/cluster/run", "--minutes", f"{options.minutes:g}", "--seed", str(seed)]
+    words += ["--directory", options.directory]
+    words += ["--addresses", options.addresses] if options.addresses else []
+    words += ["--only", options.only] if options.only else []
+    return shlex.join(words)
 
 
 def run(cluster: Cluster, report: Report, directory: str, addresses: str, seed: int, seconds: float, out: Path) -> None:
@@ -93,18 +105,18 @@ def run(cluster: Cluster, report: Report, directory: str, addresses: str, seed: 
             case("every node through every gateway", cases.every_node_through_every_gateway)
             case("forwarded at most one hop", cases.one_hop_at_most)
             case("rolling restart of all gateways under load", cases.rolling_restart)
-            if cases.held:
-                case("long streams end at the drain deadline only", cases.long_streams_end_at_the_deadline)
+            case("long streams end at the drain deadline only", cases.long_streams_end_at_the_deadline)
             case("a gateway is killed under load", cases.a_gateway_is_killed)
             case("a new link is known to every gateway within a second", cases.new_links_are_known)
             if directory == "etcd":
                 case("etcd is away, and comes back", cases.etcd_is_away)
             case("a fourth gateway joins, and leaves", cases.a_gateway_joins)
-            if report.wanted("chaos"):
-                case("chaos: all works again after each bout", chaos.run)
-                case("chaos: time until every node was reached everywhere", chaos.recovered)
-        case("no request was answered wrongly, none hung", lambda: judge(client))
-        case("no target saw an end that was none", lambda: truncated(cluster, record))
+            case("chaos: all works again after each bout", chaos.run)
+            case("chaos: time until every node was reached everywhere", chaos.recovered)
+            case("chaos: no request fails from then until the next bout", chaos.quiet_between)
+        case("every request is accounted for", client.accounted)
+        case("no request was answered wrongly, none hung", lambda: judge(client, record))
+        case("no target saw an end that was none", lambda: truncated(cluster, record, begun))
         picture = out / f"{directory}.svg"
         picture.write_text(draw(
             f"Directory {directory}, gateways' own addresses {addresses}, seed {seed}", client.outcomes, record.events,
@@ -114,17 +126,25 @@ def run(cluster: Cluster, report: Report, directory: str, addresses: str, seed: 
         cluster.stop()
 
 
-def judge(client: Client) -> str:
-    """Over everything that was sent, in calm and in chaos."""
+def judge(client: Client, record: Record) -> str:
+    """Over everything that was sent, in calm and in chaos. What has ended too late hung, too."""
     outcomes = client.outcomes
+    short = [outcome for outcome in outcomes if outcome.kind != "echo"]
+    late = [one for one in short if one.result != "HUNG" and took(one) > LIMIT + record.frozen(one.begun, one.ended)]
     bad = [outcome for outcome in failures(outcomes) if outcome.result != "failed"]
     count = counts(outcomes)
     words = f"{len(outcomes)} requests: {count['delivered']} delivered whole, {count['failed']} failed loudly, " \
-            f"{count['WRONG']} wrong, {count['HUNG']} hung"
-    for one in bad[:1]:
-        words += f"; the first: {one.kind} of {one.node} through {one.address} at {one.begun:.3f}: {said(one)}"
-    check(not bad, words)
+            f"{count['WRONG']} wrong, {count['HUNG']} hung, {len(late)} late; the longest of the short ones took " \
+            f"{max(map(took, short), default=0):.1f} s"
+    for one in (bad + late)[:1]:
+        words += f"; the first: {one.kind} of {one.node} through {one.address} at {one.begun:.3f}: {said(one)} after " \
+                 f"{took(one):.1f} s"
+    check(not bad and not late, words)
     return words
+
+
+def took(outcome: Outcome) -> float:
+    return outcome.ended - outcome.begun
 
 
 if __name__ == "__main__":

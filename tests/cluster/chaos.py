@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from client import Client, failures, told
+from client import Client, failures, said, told
 from cluster import DRAIN_DELAY, DRAIN_TIMEOUT, EDGES, GATEWAYS, MEMBERS, Cluster, Part
 from netlab.lab import Failed, Host, until
 from record import Record
-from report import check
+from report import Skipped, check
+from traffic import FREEZE, Outcome
 
 RATE = 120
 STREAMS = 12
@@ -24,6 +25,8 @@ BOUT, PAUSE = 10.0, 1.0
 # After the last fault has been undone, until every node is reached through every gateway. An edge waits for four
 # seconds at most between two attempts, a link that is dead is noticed after four, and a lease ends after five.
 CALM = 20
+# For so long after that, at least, requests go on before the next bout, and none of them may fail.
+QUIET = 3.0
 # (per cent of loss, milliseconds of delay) of an edge's access, at which its share of the load still passes in time.
 ACCESS = ((0.2, 100), (1, 40), (2, 15), (0, 200))
 BACKBONE = ((0.1, 20), (0.5, 10), (1, 5), (0, 40))
@@ -46,17 +49,21 @@ class Chaos:
         self.faults: Counter[str] = Counter()
         self.begun: float = 0
         self.calmed: list[float] = []
+        self.quiet: list[Outcome] = []
 
     def run(self) -> str:
         """All of it; what was wrong is in the other cases, which ask for it."""
         self.begun = time.time()
-        self.client.load(RATE)
         bouts = max(1, round(self.seconds / (BOUT + 5)))
         for number in range(1, bouts + 1):
+            self.client.load(RATE)
             self.client.streams(STREAMS)
-            self._bout()
-            self._calm_down(number)
-        outcomes = self.client.settle(self.begun)
+            try:
+                self._bout()
+                self._calm_down(number)
+            finally:
+                self.client.end_streams()
+                outcomes = self.client.settle(self.begun)
         check(not self.problems, "; ".join(self.problems))
         bad = failures(outcomes)
         faults = ", ".join(f"{count} {name}" for name, count in self.faults.most_common())
@@ -64,8 +71,22 @@ class Chaos:
                f"delivered, failed loudly: {told(bad)}"
 
     def recovered(self) -> str:
+        self._must_have_run()
         check(self.calmed, "there was no calm")
         return f"after {', '.join(f'{took:.1f}' for took in self.calmed)} s, {CALM} s allowed"
+
+    def quiet_between(self) -> str:
+        """Of the requests that began when all was well again; all have ended before the next fault."""
+        self._must_have_run()
+        bad = failures(self.quiet)
+        first = f"; the first at {bad[0].begun:.3f}, {bad[0].node}: {said(bad[0])}" if bad else ""
+        check(not bad, f"{len(bad)} of {len(self.quiet)} requests failed: {told(bad)}{first}")
+        check(len(self.quiet) > len(self.calmed) * RATE * QUIET / 2, f"only {len(self.quiet)} requests were sent")
+        return f"{len(self.quiet)} requests, none failed"
+
+    def _must_have_run(self) -> None:
+        if not self.begun:
+            raise Skipped("the chaos was not run")
 
     # A bout.
 
@@ -160,7 +181,7 @@ class Chaos:
                 gateway.send(signal.SIGSTOP)
                 time.sleep(seconds)
                 gateway.send(signal.SIGCONT)
-        return "gateway frozen", {name} | self._mostly_alone(), fault, self.random.uniform(0.5, 6)
+        return "gateway frozen", {name} | self._mostly_alone(), fault, self.random.uniform(0.5, FREEZE)
 
     def _part_gateways(self) -> tuple[str, set[str], Fault, float]:
         one, other = self.random.sample(GATEWAYS, 2)
@@ -250,11 +271,14 @@ class Chaos:
         with self.record.event("calm", f"bout {number}"):
             try:
                 until("every node is reached through every gateway", CALM, self._all_reachable, 0.2)
+                reached = time.time()
                 self.calmed.append(time.monotonic() - begun)
                 self.cluster.wait_for_links()
                 # They hold links that edges have replaced.
                 self.client.end_streams()
                 until("nothing that is stale is left", CALM, self._nothing_stale, 0.5)
+                time.sleep(max(0.0, reached + QUIET - time.time()))
+                self.quiet += self.client.settle(reached)
             except Failed as failure:
                 self.problems.append(f"after bout {number}: {failure}")
 
@@ -286,10 +310,10 @@ class Chaos:
         return True
 
 
-def truncated(cluster: Cluster, record: Record) -> str:
-    """What the targets saw. When an edge is killed, the kernel ends its connections as if it had done so itself: in the
-    time after that, a short one is nobody's fault, and its client has had an error."""
-    seen = cluster.short_puts()
+def truncated(cluster: Cluster, record: Record, since: float) -> str:
+    """What the targets saw since then. When an edge is killed, the kernel ends its connections as if it had done so
+    itself: in the time after that, a short one is nobody's fault, and its client has had an error."""
+    seen = cluster.cut_short(since)
     unexplained = [f"{node}: {line}" for when, node, line in seen
                    if not record.killed(node, when, SHORT)]
     check(not unexplained, "; ".join(unexplained[:5]))

@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from cluster import EDGES, INGRESS, Cluster
 from netlab.lab import Failed, until
-from traffic import DEADLINE, Outcome
+from report import check
+from traffic import DEADLINE, Count, Outcome
 
 BALANCER = f"balancer:{INGRESS}"
 
@@ -28,6 +28,7 @@ class Client:
     def __init__(self, cluster: Cluster) -> None:
         self.outcomes: list[Outcome] = []
         self.tagged: dict[str, Outcome] = {}
+        self.counted: dict[str, Count] = {}
         self.tags = map(str, itertools.count(1))
         pki = cluster.pki / "control-plane"
         program = Path(__file__).with_name("traffic.py")
@@ -56,7 +57,11 @@ class Client:
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            outcome = Outcome(**json.loads(line))
+            words = json.loads(line)
+            if "kind" not in words:
+                self.counted[words["tag"]] = Count(**words)
+                continue
+            outcome = Outcome(**words)
             self.outcomes.append(outcome)
             if outcome.tag:
                 self.tagged[outcome.tag] = outcome
@@ -111,20 +116,27 @@ class Client:
 
     def short(self, since: float, before: float | None = None) -> list[Outcome]:
         """The load's requests that began in that time and have ended."""
-        return [one for one in list(self.outcomes) if one.kind != "echo" and not one.tag
+        return [one for one in list(self.outcomes) if one.of_load
                 and one.begun >= since and (before is None or one.begun < before)]
 
     def settle(self, since: float) -> list[Outcome]:
         """Ends the load, waits for its last request, and gives those that began since then."""
         self.load(0)
-        quiet, deadline = len(self.outcomes), time.monotonic() + DEADLINE + 2
-        changed = time.monotonic()
-        # A request that fails slowly is waited for as long as it may take; else a second of silence is the end.
-        while time.monotonic() < deadline and time.monotonic() - changed < 1:
-            time.sleep(0.05)
-            if len(self.outcomes) != quiet:
-                quiet, changed = len(self.outcomes), time.monotonic()
+        until("all short requests have ended", DEADLINE + 2, lambda: self._count().load == 0)
         return self.short(since)
+
+    def _count(self) -> Count:
+        tag = next(self.tags)
+        self._say("count", tag)
+        return until("the client has counted", 10, lambda: self.counted.get(tag), 0.005)
+
+    def accounted(self) -> str:
+        """After the end: each request that has begun has ended, and was told here."""
+        count = self.counted.get("end")
+        check(count, "the client has ended without a last count: see client.log")
+        words = f"{count.begun} have begun, {count.ended} have ended, {len(self.outcomes)} were told"
+        check(count.begun == count.ended == len(self.outcomes), words)
+        return words
 
 
 def said(outcome: Outcome) -> str:

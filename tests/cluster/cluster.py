@@ -347,11 +347,12 @@ defaults
             target.kill()
             edge.host.sh(f"ip address delete {address}/32 dev lo")
 
-    def short_puts(self) -> list[tuple[float, str, str]]:
+    def cut_short(self, since: float) -> list[tuple[float, str, str]]:
         """When a target saw a clean end where the client had made none: (when, node, line)."""
         found = []
         for log in self.logs.glob("*-target.log"):
             for line in log.read_text(errors="replace").splitlines():
-                if "SHORT" in line or "STRANGE" in line:
-                    found.append((float(line.split()[0]), log.name.removesuffix("-target.log"), line))
+                when, _, what = line.partition(" ")
+                if what.startswith(("SHORT", "STRANGE")) and float(when) >= since:
+                    found.append((float(when), log.name.removesuffix("-target.log"), line))
         return found

@@ -35,7 +35,7 @@ class Picture:
     def __init__(self, title: str, outcomes: Sequence[Outcome], events: Sequence[Event],
                  phases: Sequence[tuple[str, float, float]], begun: float, ended: float) -> None:
         self.title, self.begun, self.ended = title, begun, max(ended, begun + 1)
-        self.short = [one for one in outcomes if one.kind != "echo" and not one.tag]
+        self.short = [one for one in outcomes if one.of_load]
         # Without the rig's own questions that were refused: it asks until a new node is known.
         self.outcomes = [one for one in outcomes if one.kind == "echo" or not one.tag or one.result != "failed"]
         self.events = [event for event in events if event.lane != "calm"]

@@ -33,6 +33,11 @@ class Record:
         finally:
             event.ended = time.time()
 
+    def frozen(self, begun: float, ended: float) -> float:
+        """For how long, of that time, some gateway was."""
+        return sum(max(0.0, min(ended, event.ended or ended) - max(begun, event.begun))
+                   for event in self.events if event.what == "SIGSTOP")
+
     def killed(self, lane: str, at: float, seconds: float) -> bool:
         """Whether it was killed that long before, at most."""
         return any(event.lane == lane and "kill" in event.what and -0.1 < at - event.begun < seconds

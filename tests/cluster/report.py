@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 
 from netlab.lab import Failed
@@ -11,6 +12,10 @@ def check(condition: object, text: str) -> None:
     """Like `assert`, with words, and never optimised away."""
     if not condition:
         raise AssertionError(text)
+
+
+class Skipped(Exception):
+    """The case cannot be tried, for this reason."""
 
 
 class Report:
@@ -32,6 +37,8 @@ class Report:
         begun, wall = time.monotonic(), time.time()
         try:
             result, note = "passed", test() or ""
+        except Skipped as reason:
+            result, note = "skipped", str(reason)
         except (AssertionError, Failed) as failure:
             result, note = "FAILED", str(failure)
         except Exception as failure:  # A mistake in the rig is a failure of the case, not the end of the run.
@@ -55,6 +62,7 @@ class Report:
         print("\n" + "-" * 150)
         for row in self.rows:
             self.show(row)
-        passed, failed = (sum(row[2] == result for row in self.rows) for result in ("passed", "FAILED"))
-        print(f"\n{passed} passed, {failed} failed", flush=True)
+        count = Counter(row[2] for row in self.rows)
+        passed, failed, skipped = count["passed"], count["FAILED"], count["skipped"]
+        print(f"\n{passed} passed, {failed} failed, {skipped} skipped", flush=True)
         return 0 if passed and not failed else 1

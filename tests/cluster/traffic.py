@@ -10,15 +10,18 @@ from that name and a number, so that nobody else's answer, and no part of one, c
     put SIZE          SIZE bytes come, then the end of that direction; then the name and the sum of what came
     echo              lines come back until one says `end`
 
-The client takes commands by standard input, and prints a line of JSON for each request when it has ended:
+The client takes commands by standard input, and prints a line of JSON for each request when it has ended, whatever has
+become of it:
 
     rate ADDRESS REQUESTS_A_SECOND NODE...    short requests from now on; 0 is none
     streams COUNT ADDRESS NODE...             so many echoes at all times; each begins anew when it has failed
     end-streams                               each ends in order after its next line
     once TAG ADDRESS NODE                     one short request, whose line has this tag
     hold TAG ADDRESS NODE                     one echo, held until it ends or end-streams
+    count TAG                                 prints how many requests have begun and ended, with this tag
 
-At the end of its input nothing more begins, and the program ends when everything has ended.
+At the end of its input nothing more begins. When everything has ended, it counts once more (the tag is `end`), and the
+program ends.
 
 All that ends is told apart: only TLS's own end (close_notify) is a clean one. A bare FIN is a failure here, and loud.
 """
@@ -36,9 +39,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
-# A request that has no end by then hangs. Longer than all that may be waited for on its way together: haproxy's
-# retries, a gateway that is stopped for a while, a dead link that is noticed after two heartbeats, time for dialing.
-DEADLINE = 20.0
+# What a request may take: the gateways' timeout for dialing, and a little for the rest of the way. A gateway that is
+# frozen meanwhile can answer later by that much: only the rig knows (see __main__.py), so the client itself waits for
+# the longest freeze, too, before it calls a request hung.
+LIMIT, FREEZE = 12.0, 6.0
+DEADLINE = LIMIT + FREEZE
 PORT = 10250
 CHUNK = 65536
 # Between two lines of an echo.
@@ -65,8 +70,10 @@ async def target(node: str, address: str, port: int) -> NoReturn:
         try:
             await answer(node, reader, writer)
         except (OSError, asyncio.IncompleteReadError) as error:
-            # Reset, or ended where no request is complete: what the other side has to judge.
+            # Reset, and so known to be cut: what the other side has to judge.
             print(f"{time.time():.3f} cut: {error!r}", flush=True)
+        except ValueError as error:
+            print(f"{time.time():.3f} STRANGE: {error!r}", flush=True)
         finally:
             writer.close()
     server = await asyncio.start_server(serve, address, port, backlog=1024)
@@ -77,7 +84,11 @@ async def target(node: str, address: str, port: int) -> NoReturn:
 
 async def answer(node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     line = await reader.readline()
+    if not line:
+        # Nothing was said, so nothing is cut: of two links that are tried for one request, one is not used.
+        return
     if not line.endswith(b"\n"):
+        short(f"the line {line!r}")
         return
     match line.decode().split():
         case ["get", size, number]:
@@ -88,18 +99,26 @@ async def answer(node: str, reader: asyncio.StreamReader, writer: asyncio.Stream
                 digest.update(data)
                 came += len(data)
             if came != int(size):
-                # A clean end where the client had none. The rig looks for this word.
-                print(f"{time.time():.3f} SHORT: {came} of {size} bytes, and a clean end", flush=True)
+                short(f"{came} of {size} bytes")
             writer.write(f"{node}\n{digest.hexdigest()}\n".encode())
         case ["echo"]:
-            while (line := await reader.readline()).endswith(b"\n"):
+            lines = 0
+            while line != b"end\n":
+                line = await reader.readline()
+                if not line.endswith(b"\n"):
+                    short(f"{lines} lines of an echo, then {line!r}")
+                    break
+                lines += 1
                 writer.write(f"{node} ".encode() + line)
                 await writer.drain()
-                if line == b"end\n":
-                    break
         case words:
             print(f"{time.time():.3f} STRANGE: {words}", flush=True)
     await writer.drain()
+
+
+def short(what: str) -> None:
+    """A clean end where the client had none. The rig looks for this word."""
+    print(f"{time.time():.3f} SHORT: {what}, and a clean end", flush=True)
 
 
 # The client.
@@ -119,6 +138,22 @@ class Outcome:
     why: str = ""
     answered: float = 0
     """When the gateway's 200 had come."""
+
+    @property
+    def of_load(self) -> bool:
+        """Whether it is one of the many short ones, which nobody waits for one by one."""
+        return self.kind != "echo" and not self.tag
+
+
+@dataclasses.dataclass
+class Count:
+    """How many requests there were until now, as one line of JSON. What has ended was printed before."""
+
+    tag: str
+    begun: int
+    ended: int
+    load: int
+    """How many of the load are under way."""
 
 
 class Stream:
@@ -200,7 +235,9 @@ class Client:
         self.random = random.Random(1)
         self.tasks: set[asyncio.Task[None]] = set()
         self.load: asyncio.Task[None] | None = None
+        # Of the streams that begin now. Others have their own: what hears of its end late must hear of it all the same.
         self.ending = asyncio.Event()
+        self.begun, self.ended, self.under_way = 0, 0, 0
 
     async def run(self) -> None:
         reader = asyncio.StreamReader()
@@ -213,16 +250,17 @@ class Client:
                         self.load.cancel()
                     self.load = asyncio.create_task(self._load(address, float(rate), nodes)) if float(rate) else None
                 case ["streams", count, address, *nodes]:
-                    self.ending.clear()
                     for number in range(int(count)):
-                        self._spawn(self._stream_again(address, nodes[number % len(nodes)]))
+                        self._spawn(self._stream_again(address, nodes[number % len(nodes)], self.ending))
                 case ["end-streams"]:
                     self.ending.set()
+                    self.ending = asyncio.Event()
                 case ["once", tag, address, node]:
-                    self._spawn(self._short(Outcome("get", node, address, time.time(), tag)))
+                    self._spawn(self._short(self._begin("get", node, address, tag)))
                 case ["hold", tag, address, node]:
-                    self.ending.clear()
-                    self._spawn(self._judge(Outcome("echo", node, address, time.time(), tag), self._echo))
+                    self._spawn(self._stream(self._begin("echo", node, address, tag), self.ending))
+                case ["count", tag]:
+                    self._count(tag)
                 case words:
                     sys.exit(f"there is no command {words}")
         if self.load:
@@ -230,6 +268,10 @@ class Client:
         self.ending.set()
         while self.tasks:
             await asyncio.wait(self.tasks)
+        self._count("end")
+
+    def _count(self, tag: str) -> None:
+        say(Count(tag, self.begun, self.ended, self.under_way))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -243,12 +285,22 @@ class Client:
             due += self.random.expovariate(rate)
             await asyncio.sleep(max(0, due - time.monotonic()))
             kind = self.random.choices(["get", "put"], [4, 1])[0]
-            self._spawn(self._short(Outcome(kind, self.random.choice(nodes), address, time.time())))
+            self._spawn(self._short(self._begin(kind, self.random.choice(nodes), address)))
 
-    async def _stream_again(self, address: str, node: str) -> None:
-        while not self.ending.is_set():
-            await self._judge(Outcome("echo", node, address, time.time()), self._echo)
+    async def _stream_again(self, address: str, node: str, ending: asyncio.Event) -> None:
+        while not ending.is_set():
+            await self._stream(self._begin("echo", node, address), ending)
             await asyncio.sleep(0.5)
+
+    def _begin(self, kind: str, node: str, address: str, tag: str = "") -> Outcome:
+        """Whatever has begun here ends in `_judge`."""
+        outcome = Outcome(kind, node, address, time.time(), tag)
+        self.begun += 1
+        self.under_way += outcome.of_load
+        return outcome
+
+    async def _stream(self, outcome: Outcome, ending: asyncio.Event) -> None:
+        await self._judge(outcome, lambda outcome: self._echo(outcome, ending))
 
     async def _short(self, outcome: Outcome) -> None:
         # Mostly small; now and then more than is sent at once, so that faults hit the middle of something.
@@ -275,9 +327,12 @@ class Client:
             outcome.result, outcome.why = "failed", f"TLS: {error.reason}"
         except OSError as error:
             outcome.result, outcome.why = "failed", error.strerror or repr(error)
+        except Exception as error:  # What cannot even be read is no answer to this request.
+            outcome.result, outcome.why = "WRONG", repr(error)
         outcome.ended = time.time()
-        sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
-        sys.stdout.flush()
+        self.ended += 1
+        self.under_way -= outcome.of_load
+        say(outcome)
 
     async def _opened(self, outcome: Outcome) -> tuple[Stream, bytes]:
         """A tunnel to the node, and what has come already of what it carries."""
@@ -340,15 +395,15 @@ class Client:
             await stream.end()
         return b"".join(parts)
 
-    async def _echo(self, outcome: Outcome) -> None:
-        """Each line must be back within the deadline."""
+    async def _echo(self, outcome: Outcome, ending: asyncio.Event) -> None:
+        """Each line must be back within the deadline. The last one tells the target that this end is meant."""
         async with asyncio.timeout(DEADLINE):
             stream, rest = await self._opened(outcome)
         try:
             await stream.write(b"echo\n")
             number = 0
             while True:
-                last = self.ending.is_set()
+                last = ending.is_set()
                 line = "end\n" if last else f"{number} {self.random.getrandbits(64):x}\n"
                 async with asyncio.timeout(DEADLINE):
                     await stream.write(line.encode())
@@ -368,6 +423,11 @@ class Client:
                 await asyncio.sleep(PACE)
         finally:
             stream.close()
+
+
+def say(what: Outcome | Count) -> None:
+    sys.stdout.write(json.dumps(dataclasses.asdict(what)) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -388,6 +388,11 @@ fn explain_tls(error: &rustls::Error) -> String {
         E::AlertReceived(AlertDescription::CertificateExpired) => {
             "the far side says that this side's certificate has expired: issue a new one".to_owned()
         }
+        E::AlertReceived(AlertDescription::UnsupportedCertificate) => {
+            "the far side does not accept this side's certificate, since it is not for this use: a gateway's certificate for \
+             its peers must be good for servers and for clients"
+                .to_owned()
+        }
         E::AlertReceived(AlertDescription::BadCertificate) => {
             "the far side does not accept this side's certificate, most often because it is not for the name that was \
              dialled: the far side's log says why"

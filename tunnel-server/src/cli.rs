@@ -13,7 +13,10 @@ use tunnel_edge::daemon::settings::{Flags, Size, environment};
 
 pub use pki::PkiCommand;
 
-use crate::config::{Config, Finding, PeersConfig, Settings};
+use crate::{
+    config::{Config, Finding, PeersConfig, Settings},
+    gateway::MAX_PEER_LINKS,
+};
 
 /// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, and the window of an
 /// HTTP/2 stream.
@@ -196,13 +199,28 @@ fn memory(config: &Config) -> String {
     let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
     let of_links = busy_links.saturating_mul(link.window_budget);
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
-    let total = of_streams.saturating_add(of_links).saturating_add(of_heads);
+    let peer_links = config.peers.as_ref().map_or(0, |_| 2 * MAX_PEER_LINKS);
+    let peer_window = config.peers.as_ref().map_or(0, |peers| peers.link.window_budget);
+    // What is handed on has a second window, on the link of the peer.
+    let of_hops = if peer_links > 0 { streams.saturating_mul(STREAM_WINDOW) } else { 0 };
+    let of_peers = peer_links.saturating_mul(peer_window).saturating_add(of_hops);
+    let total = of_streams.saturating_add(of_links).saturating_add(of_heads).saturating_add(of_peers);
+    let peers = if peer_links > 0 {
+        format!(
+            "      {:>10}  {peer_links} links of peers x {} (peers.receive_window), and {streams} streams x {}\n",
+            rounded(of_peers),
+            Size(peer_window),
+            Size(STREAM_WINDOW),
+        )
+    } else {
+        String::new()
+    };
     format!(
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
       {:>10}  {busy_links} links x {} (link.receive_window)
       {:>10}  {} connections x {} (ingress.max_header_size)
-",
+{peers}",
         rounded(total),
         rounded(of_streams),
         Size(STREAM_WINDOW + RELAY_BUFFERS),

@@ -34,13 +34,15 @@ use crate::{
     listener::{Accept, accept_loop, report_panic},
     metrics::Metrics,
     peers::{
-        Dial, Member, discovery,
+        Member, discovery,
         door::PeerDoor,
         mesh::{Mesh, Own},
     },
     route::Router,
 };
 
+/// Links of peers at one time. A full mesh of more gateways is not what this is for.
+pub(crate) const MAX_PEER_LINKS: usize = 256;
 /// How often the credentials' files are looked at.
 const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 /// How long after its start a gateway is not ready while it does not know the cluster's nodes. Not longer: were the API
@@ -112,7 +114,7 @@ impl PeerSettings {
             edge_address: None,
             heartbeat: Duration::from_secs(3),
             link: LinkConfig { max_streams: 4096, window_budget: 64 << 20, ..LinkConfig::default() },
-            max_links: 256,
+            max_links: MAX_PEER_LINKS,
         }
     }
 }
@@ -357,7 +359,7 @@ impl Gateway {
     }
 
     /// Opens a door for peers, and dials them. Only for a gateway that is one of several.
-    pub fn serve_peers(&mut self, door: impl Accept, tls: (ServerTls, ClientTls), dial: impl Dial) {
+    pub fn serve_peers(&mut self, door: impl Accept, tls: (ServerTls, ClientTls)) {
         let Some(peering) = &self.peering else { return };
         self.peers_awaited = Some(Instant::now() + PEERS_AWAITED);
         let (server_tls, client_tls) = tls;
@@ -365,6 +367,7 @@ impl Gateway {
         let peers = Arc::new(PeerDoor {
             tls: server_tls.clone(),
             own: peering.own.clone(),
+            mesh: peering.mesh.clone(),
             heartbeat: peering.settings.heartbeat,
             handshake_timeout: self.settings.handshake_timeout,
             link: LinkConfig {
@@ -389,7 +392,9 @@ impl Gateway {
             Meeting::List(list) => {
                 let (found, members) = watch::channel(Vec::new());
                 let (list, stop) = (list.clone(), stages.closing.clone());
-                let looking = async move { stop.run_until_cancelled(discovery::run(list, found)).await };
+                let looking = async move {
+                    stop.run_until_cancelled(discovery::run(list, found, discovery::system)).await
+                };
                 (Box::pin(async { looking.await.unwrap_or_default() }) as Task, members)
             }
             Meeting::Etcd(etcd) => {
@@ -400,8 +405,7 @@ impl Gateway {
         };
         self.peer_tasks.push(found);
         let seed = u64::from(self.settings.request_seed);
-        let meshing =
-            peering.mesh.clone().run(members, client_tls.clone(), dial, seed, stages.closing.clone());
+        let meshing = peering.mesh.clone().run(members, client_tls.clone(), seed, stages.closing.clone());
         self.peer_tasks.push(Box::pin(meshing));
         self.credentials.push(Credentials::Server(server_tls));
         self.credentials.push(Credentials::Client(client_tls));

@@ -44,6 +44,6 @@ pub use {
     gateway::{Gateway, GatewaySettings, PeerSettings, Readiness},
     grants::{Grants, Identifier, IdentifierError},
     listener::{Accept, PeerAddr, UnixDoor},
-    peers::{Dial, DialTcp, Member},
+    peers::Member,
     process::{Addresses, BoundGateway, StartError, run},
 };

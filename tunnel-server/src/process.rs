@@ -30,7 +30,6 @@ use crate::{
     edges::registry::LinkLimits,
     gateway::{Gateway, GatewaySettings, PeerSettings},
     listener::UnixDoor,
-    peers::DialTcp,
 };
 
 /// How long blocking work may take to end when nobody waits for it any more: a credential plugin may hang for ever.
@@ -276,7 +275,7 @@ async fn serve_peers(gateway: &mut Gateway, peers: &PeersConfig) -> Result<Socke
     let server = ServerTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
     let client = ClientTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
     let (listener, address) = listen("peers.listen", peers.listen).await?;
-    gateway.serve_peers(listener, (server, client), DialTcp);
+    gateway.serve_peers(listener, (server, client));
     Ok(address)
 }
 

@@ -93,6 +93,13 @@ pub(crate) enum RouteError {
         Names(gateways)
     )]
     Unreachable { node: NodeId, gateways: Vec<GatewayId> },
+    /// The gateway that is known to have held a link to the node last is out of reach, and may hold it still.
+    #[error(
+        "node {node} was linked to gateway {gateway}, to which this gateway lost its link {} ago: does that gateway run, and \
+         do the two reach each other?",
+        Seconds(*ago)
+    )]
+    OutOfReach { node: NodeId, gateway: GatewayId, ago: Duration },
     /// All links of the node drain.
     #[error("node {node} is draining: its edge takes no new streams")]
     Draining { node: NodeId },
@@ -299,7 +306,7 @@ impl Router {
             && match failure {
                 E::Draining { .. } | E::LinkLost { .. } => true,
                 E::Offline { last_seen, .. } => last_seen.as_ref().is_some_and(is_recent),
-                E::Nowhere { ago, .. } => is_recent(ago),
+                E::Nowhere { ago, .. } | E::OutOfReach { ago, .. } => is_recent(ago),
                 _ => false,
             }
     }
@@ -390,7 +397,13 @@ impl Router {
         let RouteError::Offline { node, last_seen } = error else { return error };
         match self.directory.last_held(&node) {
             Some(last) if last_seen.is_none_or(|ago| last.until.elapsed() < ago) => {
-                RouteError::Nowhere { node, gateway: last.gateway, ago: last.until.elapsed() }
+                let (gateway, ago) = (last.gateway, last.until.elapsed());
+                let is_linked = self.mesh.as_ref().is_some_and(|mesh| mesh.link(&gateway).is_some());
+                if is_linked {
+                    RouteError::Nowhere { node, gateway, ago }
+                } else {
+                    RouteError::OutOfReach { node, gateway, ago }
+                }
             }
             _ => RouteError::Offline { node, last_seen },
         }

@@ -1,5 +1,5 @@
-//! Everyone's credentials, as files in a temporary folder: the gateway's, each edge's own, and those of the ingress's
-//! client. Made once for each run by `main`.
+//! Everyone's credentials, as files in a temporary folder: each gateway's, each edge's, and those of the ingress's client.
+//! Made once for each run by `main`.
 
 use std::{
     fs, io,
@@ -14,7 +14,7 @@ use tunnel_core::{
 };
 use tunnel_server::pki::{AltName, Authority, Issued, PkiError, Profile, Validity};
 
-/// By this name the gateway is verified.
+/// By this name edges and client verify every gateway.
 pub(crate) const GATEWAY_NAME: &str = "localhost";
 /// Far more than a measurement takes.
 const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -34,22 +34,28 @@ pub(crate) struct Certificates {
 }
 
 impl Certificates {
-    /// Makes them all: two CAs, a certificate of `gateway` from each, one of each node, and one client's.
+    /// Makes them all: three CAs, a certificate of each gateway from each, one of each node, and one client's.
     pub(crate) fn make(
         folder: &Path,
-        gateway: &GatewayId,
+        gateways: &[GatewayId],
         nodes: &[NodeId],
     ) -> Result<Self, CertificateError> {
         let certificates = Self { folder: folder.to_owned() };
         let validity = Validity::lasting(LIFETIME);
         let names = vec![AltName::Dns(GATEWAY_NAME.to_owned()), AltName::Ip(Ipv4Addr::LOCALHOST.into())];
-        let gateway = Profile::Gateway { name: gateway.clone(), names };
         let edges = Authority::new(Domain::Edge, validity)?;
         let control_plane = Authority::new(Domain::ControlPlane, validity)?;
-        for authority in [&edges, &control_plane] {
-            let files = certificates.gateway(authority.domain());
-            write(&files.ca, authority.cert_pem())?;
-            save(&files, &authority.issue(&gateway, validity)?)?;
+        let peers = Authority::new(Domain::Peer, validity)?;
+        for authority in [&edges, &control_plane, &peers] {
+            write(&certificates.ca(authority.domain()), authority.cert_pem())?;
+        }
+        for gateway in gateways {
+            let door = Profile::Gateway { name: gateway.clone(), names: names.clone() };
+            let peer = Profile::Peer { name: gateway.clone(), names: names.clone() };
+            for (authority, profile) in [(&edges, &door), (&control_plane, &door), (&peers, &peer)] {
+                let files = certificates.gateway(gateway, authority.domain());
+                save(&files, &authority.issue(profile, validity)?)?;
+            }
         }
         for node in nodes {
             let profile = Profile::Edge { node: node.clone() };
@@ -60,9 +66,9 @@ impl Certificates {
         Ok(certificates)
     }
 
-    /// What the gateway shows on one of its sides.
-    pub(crate) fn gateway(&self, domain: Domain) -> Files {
-        self.files(&format!("gateway-{domain}"), domain)
+    /// What a gateway shows on one of its sides.
+    pub(crate) fn gateway(&self, gateway: &GatewayId, domain: Domain) -> Files {
+        self.files(&format!("{gateway}-{domain}"), domain)
     }
 
     /// What the edge of a node shows.
@@ -77,7 +83,11 @@ impl Certificates {
 
     fn files(&self, name: &str, domain: Domain) -> Files {
         let own = self.folder.join(format!("{name}.pem"));
-        Files { cert: own.clone(), key: own, ca: self.folder.join(format!("{domain}-ca.pem")) }
+        Files { cert: own.clone(), key: own, ca: self.ca(domain) }
+    }
+
+    fn ca(&self, domain: Domain) -> PathBuf {
+        self.folder.join(format!("{domain}-ca.pem"))
     }
 }
 

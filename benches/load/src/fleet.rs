@@ -28,6 +28,7 @@ use tunnel_edge::{
 
 use crate::{
     certificates::{Certificates, GATEWAY_NAME},
+    cluster::home,
     report::Spread,
 };
 
@@ -35,6 +36,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How often an edge looks whether its files have changed. They never do here, and to read so many would be this
 /// process's own load.
 const RELOAD_PERIOD: Duration = Duration::from_secs(24 * 3600);
+/// Within what time an edge may move to a gateway that suits it better. None shall while the measurement lasts: an edge
+/// that moves costs something, and which gateway has its link must be known.
+const REBALANCE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// Why the edges are not there.
 #[derive(Debug, thiserror::Error)]
@@ -48,45 +52,58 @@ pub(crate) enum FleetError {
 /// All edges.
 pub(crate) struct Fleet {
     edges: Vec<AgentStatus>,
+    gateways: usize,
     /// Ends with the fleet.
     agents: JoinSet<()>,
 }
 
 impl Fleet {
-    /// Starts an edge for each node, all at once. They dial the gateway, and for requests the port `target` of this
-    /// machine.
+    /// Starts an edge for each node, all at once. Each dials the gateway where it is at [`home`], and for requests the port
+    /// `target` of this machine.
     pub(crate) fn start(
         nodes: &[NodeId],
         certificates: &Certificates,
-        gateway: SocketAddr,
+        gateways: &[SocketAddr],
         target: u16,
         seed: u64,
     ) -> Result<Self, FleetError> {
         let metrics = Metrics::new(&mut Registry::default());
         let mut agents = Vec::with_capacity(nodes.len());
-        for (node, seed) in nodes.iter().zip(seed..) {
+        for ((edge, node), seed) in nodes.iter().enumerate().zip(seed..) {
             let tls = ClientTls::load(Domain::Edge, certificates.edge(node))?;
-            let config = config(node, certificates, gateway, target);
+            let config = config(node, certificates, gateways, home(edge, gateways.len()), target);
             agents.push(Agent::new(config, tls, SystemNetwork, seed, metrics.clone()));
         }
         let edges = agents.iter().map(Agent::status).collect();
         let agents = agents.into_iter().map(|agent| agent.run(CancellationToken::new())).collect();
-        Ok(Self { edges, agents })
+        Ok(Self { edges, gateways: gateways.len(), agents })
     }
 
     /// How long after `since` the edges have their first links.
     pub(crate) async fn first_links(&self, since: Instant, limit: Duration) -> Result<Spread, FleetError> {
-        self.links(since, limit, true).await
+        self.links(self.edges.iter(), since, limit, true).await
     }
 
-    /// How long after `since`, when their gateway was lost, the edges have links again.
-    pub(crate) async fn links_again(&self, since: Instant, limit: Duration) -> Result<Spread, FleetError> {
-        self.links(since, limit, false).await
+    /// How long after `since`, when this gateway was lost, the edges that it had have links again.
+    pub(crate) async fn links_again(
+        &self,
+        gateway: usize,
+        since: Instant,
+        limit: Duration,
+    ) -> Result<Spread, FleetError> {
+        let lost = self.edges.iter().enumerate().filter(|(edge, _)| home(*edge, self.gateways) == gateway);
+        self.links(lost.map(|(_, edge)| edge), since, limit, false).await
     }
 
     /// An edge counts from when it was seen with a link after it was seen without.
-    async fn links(&self, since: Instant, limit: Duration, without: bool) -> Result<Spread, FleetError> {
-        let mut waiting: Vec<(&AgentStatus, bool)> = self.edges.iter().map(|edge| (edge, without)).collect();
+    async fn links<'a>(
+        &self,
+        edges: impl Iterator<Item = &'a AgentStatus>,
+        since: Instant,
+        limit: Duration,
+        without: bool,
+    ) -> Result<Spread, FleetError> {
+        let mut waiting: Vec<(&AgentStatus, bool)> = edges.map(|edge| (edge, without)).collect();
         let mut times = Vec::with_capacity(waiting.len());
         let mut look = interval(LOOK);
         while !waiting.is_empty() {
@@ -126,12 +143,23 @@ impl Fleet {
     }
 }
 
-fn config(node: &NodeId, certificates: &Certificates, gateway: SocketAddr, target: u16) -> Config {
-    let gateways = vec![Target { host: Host::Ip(gateway.ip()), port: gateway.port() }];
+fn config(
+    node: &NodeId,
+    certificates: &Certificates,
+    gateways: &[SocketAddr],
+    home: usize,
+    target: u16,
+) -> Config {
+    let gateway = gateways[home];
+    let configured = vec![Target { host: Host::Ip(gateway.ip()), port: gateway.port() }];
+    let defaults = Config::new(node.clone(), configured, certificates.edge(node));
     Config {
         server_name: ServerName::try_from(GATEWAY_NAME).ok(),
         policy: Policy::new(vec![Rule::node_port(target)], gateway.ip()),
         reload_period: RELOAD_PERIOD,
-        ..Config::new(node.clone(), gateways, certificates.edge(node))
+        rebalance: REBALANCE,
+        // With several, only one shall have the link, so that a request at another takes the hop.
+        redundancy: if gateways.len() > 1 { 1 } else { defaults.redundancy },
+        ..defaults
     }
 }

@@ -1,5 +1,5 @@
-//! The gateway under load: the program `tunnel-server` as a process of its own, and what the system says that it uses.
-//! Called by the walk in `main`.
+//! A gateway under load: the program `tunnel-server` as a process of its own, what the system says that it uses, and what
+//! it says itself. Called by `cluster`.
 
 use std::{
     ffi::OsString,
@@ -12,6 +12,7 @@ use std::{
 };
 
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     process::{Child, Command},
     time::{sleep, timeout},
@@ -31,6 +32,9 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const START_POLL: Duration = Duration::from_millis(5);
 /// How many lines of the log are shown when it does not.
 const LOG_SHOWN: usize = 5;
+/// How long it may take to tell its metrics, and how much that may be.
+const METRICS_LIMIT: Duration = Duration::from_secs(10);
+const MAX_METRICS: u64 = 1024 * 1024;
 
 /// Why there is no gateway, or nothing is known of it.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +46,7 @@ pub(crate) enum GatewayError {
     NoProgram(PathBuf),
     #[error("the gateway could not be built; cargo's message above says why")]
     Build,
-    #[error("there are no three free ports from {} to {}", PORTS.start, PORTS.end - 1)]
+    #[error("there are not enough free ports from {} to {}: each gateway needs four", PORTS.start, PORTS.end - 1)]
     NoPorts,
     #[error("the gateway does not listen; its log ends with:\n{0}")]
     NotListening(String),
@@ -50,6 +54,12 @@ pub(crate) enum GatewayError {
     Io(&'static str, io::Error),
     #[error("the system does not tell what the gateway uses: {path}: {text}")]
     Unknown { path: PathBuf, text: String },
+    #[error("the gateway does not tell its metrics at {address}: {error}")]
+    Metrics { address: SocketAddr, error: io::Error },
+    #[error(
+        "after {} s, {gateway} has links to {found} of {all} other gateways; its log may say why", after.as_secs()
+    )]
+    Apart { after: Duration, gateway: GatewayId, found: u64, all: u64 },
 }
 
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> GatewayError {
@@ -90,8 +100,20 @@ async fn build(cargo: OsString, release: bool) -> Result<(), GatewayError> {
     if built.success() { Ok(()) } else { Err(GatewayError::Build) }
 }
 
+/// What all gateways of a run have in common.
+#[derive(Clone, Copy)]
+pub(crate) struct Setup<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) certificates: &'a Certificates,
+    /// Where logs go.
+    pub(crate) folder: &'a Path,
+    pub(crate) max_links: usize,
+    pub(crate) heartbeat: Duration,
+}
+
 /// A gateway that can be started, killed, and started again in the same place.
 pub(crate) struct Gateway {
+    id: GatewayId,
     program: Program,
     arguments: Vec<OsString>,
     addresses: Addresses,
@@ -99,32 +121,32 @@ pub(crate) struct Gateway {
     process: Option<Child>,
 }
 
-struct Addresses {
+/// Where a gateway listens.
+#[derive(Clone, Copy)]
+pub(crate) struct Addresses {
     edges: SocketAddr,
     ingress: SocketAddr,
     admin: SocketAddr,
+    peers: SocketAddr,
 }
 
-/// Memory of a process, in bytes.
-#[derive(Clone, Copy, Debug)]
+/// Memory of one process, or of several together, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Memory {
     /// What it holds now: its own pages, and its share of those that it has in common with others (PSS).
     pub(crate) now: u64,
+    /// What it holds now, all of what it has in common with others included (RSS): of this, a difference tells what has
+    /// come, even where other gateways have come or gone meanwhile.
+    pub(crate) resident: u64,
     /// The most that it ever held (peak RSS).
     pub(crate) peak: u64,
 }
 
 impl Gateway {
-    /// One that is not running yet. Its settings are the defaults, but for the limit of links.
-    pub(crate) fn new(
-        program: &Program,
-        id: &GatewayId,
-        certificates: &Certificates,
-        folder: &Path,
-        max_links: usize,
-        heartbeat: Duration,
-    ) -> Result<Self, GatewayError> {
-        let addresses = Addresses::free()?;
+    /// One that is not running yet, at the first of these addresses; the `others` are those of its peers. Its settings are
+    /// the defaults, but for the limit of links.
+    pub(crate) fn new(setup: Setup<'_>, id: &GatewayId, addresses: Addresses, others: &[Addresses]) -> Self {
+        let Setup { program, certificates, folder, max_links, heartbeat } = setup;
         let mut arguments: Vec<OsString> = vec!["run".into()];
         let mut flag = |name: &str, value: OsString| arguments.extend([format!("--{name}").into(), value]);
         flag("gateway-id", id.to_string().into());
@@ -134,13 +156,29 @@ impl Gateway {
         flag("admin-listen", addresses.admin.to_string().into());
         flag("link-heartbeat", humantime::format_duration(heartbeat).to_string().into());
         for (side, domain) in [("edges", Domain::Edge), ("ingress", Domain::ControlPlane)] {
-            let Files { cert, key, ca } = certificates.gateway(domain);
+            let Files { cert, key, ca } = certificates.gateway(id, domain);
             flag(&format!("{side}-cert"), cert.into());
             flag(&format!("{side}-key"), key.into());
             flag(&format!("{side}-client-ca"), ca.into());
         }
+        if !others.is_empty() {
+            let Files { cert, key, ca } = certificates.gateway(id, Domain::Peer);
+            flag("peers-cert", cert.into());
+            flag("peers-key", key.into());
+            flag("peers-ca", ca.into());
+            flag("peers-listen", addresses.peers.to_string().into());
+            flag("edges-address", addresses.edges.to_string().into());
+        }
+        for other in others {
+            flag("peers-gateways", other.peers.to_string().into());
+        }
         let log = folder.join(format!("{id}.log"));
-        Ok(Self { program: program.clone(), arguments, addresses, log, process: None })
+        Self { id: id.clone(), program: program.clone(), arguments, addresses, log, process: None }
+    }
+
+    /// Its name.
+    pub(crate) fn id(&self) -> &GatewayId {
+        &self.id
     }
 
     /// Where edges connect.
@@ -195,7 +233,11 @@ impl Gateway {
             let value = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
             value.map(|value| value * 1024).ok_or_else(|| unknown(path, format!("no {key}")))
         };
-        Ok(Memory { now: kibibytes("smaps_rollup", "Pss")?, peak: kibibytes("status", "VmHWM")? })
+        Ok(Memory {
+            now: kibibytes("smaps_rollup", "Pss")?,
+            resident: kibibytes("smaps_rollup", "Rss")?,
+            peak: kibibytes("status", "VmHWM")?,
+        })
     }
 
     /// Processor time that all its threads together have had.
@@ -210,6 +252,16 @@ impl Gateway {
             nanoseconds += first.ok_or_else(|| unknown(path.clone(), "schedstat is empty".to_owned()))?;
         }
         Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    /// What its metric of this name and these labels counts; one that it does not have has counted nothing yet.
+    pub(crate) async fn metric(&self, name: &str) -> Result<u64, GatewayError> {
+        let address = self.addresses.admin;
+        let asked = timeout(METRICS_LIMIT, metrics(address)).await;
+        let answer = asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let text = answer.map_err(|error| GatewayError::Metrics { address, error })?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.and_then(|value| value.trim().parse().ok()).unwrap_or_default())
     }
 
     fn proc_file(&self, name: &str) -> Result<(PathBuf, String), GatewayError> {
@@ -230,11 +282,33 @@ fn unknown(path: PathBuf, text: String) -> GatewayError {
     GatewayError::Unknown { path, text }
 }
 
+async fn metrics(address: SocketAddr) -> io::Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    connection.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    connection.take(MAX_METRICS).read_to_string(&mut answer).await?;
+    if answer.starts_with("HTTP/1.1 200") { Ok(answer) } else { Err(io::Error::other(answer)) }
+}
+
+impl Memory {
+    /// Both together.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            now: self.now + other.now,
+            resident: self.resident + other.resident,
+            peak: self.peak + other.peak,
+        }
+    }
+}
+
 impl Addresses {
-    fn free() -> Result<Self, GatewayError> {
+    /// Free ones for so many gateways.
+    pub(crate) fn free(gateways: usize) -> Result<Vec<Self>, GatewayError> {
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let mut free = PORTS.map(at).filter(|address| TcpListener::bind(address).is_ok());
         let mut next = || free.next().ok_or(GatewayError::NoPorts);
-        Ok(Self { edges: next()?, ingress: next()?, admin: next()? })
+        let mut all = || Ok(Self { edges: next()?, ingress: next()?, admin: next()?, peers: next()? });
+        (0..gateways).map(|_| all()).collect()
     }
 }

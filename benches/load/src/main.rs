@@ -1,12 +1,13 @@
-//! The load generator: holds N edges against a real gateway, and measures what they cost it. One command, run by people;
+//! The load generator: holds N edges against real gateways, and measures what they cost them. One command, run by people;
 //! its figures stand in `docs/performance.md`.
 //!
-//! The gateway is the program `tunnel-server` itself, as a process of its own on loopback, with its default settings
-//! (`gateway`). The edges are real agents, all in this process: TLS, protocol, backoff, policy and dialing are those of
+//! A gateway is the program `tunnel-server` itself, as a process of its own on loopback, with its default settings
+//! (`gateway`); there may be several, which find one another (`cluster`). The edges are real agents, all in this process: TLS, protocol, backoff, policy and dialing are those of
 //! `tunnel-edge`, and each has a certificate of its own (`fleet`). Requests come through the ingress and end at an echo
 //! server in this process, which the edges dial over loopback (`requests`). `report` has the list of all figures.
 
 mod certificates;
+mod cluster;
 mod fleet;
 mod gateway;
 mod report;
@@ -26,10 +27,11 @@ use tunnel_core::{GatewayId, NodeId};
 
 use crate::{
     certificates::{CertificateError, Certificates},
+    cluster::{Gateways, Way},
     fleet::{Fleet, FleetError},
-    gateway::{Gateway, GatewayError, Program},
+    gateway::{GatewayError, Program, Setup},
     report::{Report, Run},
-    requests::{Echo, RequestError, Requests},
+    requests::{Echo, Latency, RequestError, Requests},
 };
 
 /// Beside the edges' links, files that a process has open here: requests in flight, credentials, the runtime's own.
@@ -38,32 +40,36 @@ const OTHER_FILES: u64 = 1024;
 const OTHER_PORTS: usize = 4000;
 /// How long all edges may take to get their links.
 const LINK_LIMIT: Duration = Duration::from_secs(300);
-/// Links that the gateway takes beside one of each edge.
+/// Links that a gateway takes beside one of each edge: those of the others may all come to it.
 const SPARE_LINKS: usize = 100;
 /// A gateway that listens still has things to do.
 const BREATH: Duration = Duration::from_secs(1);
 /// Heartbeat periods until all that belongs to the links' beginning is over.
 const SETTLE: u32 = 2;
 
-/// Measures what N idle edges cost a gateway, how soon all are back after it was killed, and how long requests take.
+/// Measures what N idle edges cost a gateway, how soon all are back after it was killed, and how long requests take. Of
+/// several gateways, one is killed and stays away: its edges go to the others.
 ///
-/// Everything is on this machine, and shares its cores. Each figure is the median of all runs; each run has a new gateway.
+/// Everything is on this machine, and shares its cores. Each figure is the median of all runs; each run has new gateways.
 #[derive(Debug, Parser)]
 #[command(name = "tunnel-load", version, max_term_width = 100)]
 struct Args {
     /// Numbers of edges to measure with, one after the other.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1000,5000,10000")]
     edges: Vec<usize>,
+    /// Gateways, which find one another. Of several, each has its part of the edges, and each edge one link.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    gateways: u16,
     /// Runs with each number.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
-    /// How long the gateway's processor time is measured while nothing but heartbeats happens.
+    /// How long the gateways' processor time is measured while nothing but heartbeats happens.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     rest: Duration,
-    /// The gateway's heartbeat period.
+    /// The gateways' heartbeat period.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = humantime::parse_duration)]
     heartbeat: Duration,
-    /// Requests in each run.
+    /// Requests in each run; with several gateways, as many again through one that does not have the edge's link.
     #[arg(long, value_name = "N", default_value_t = 3000, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
     /// Requests begun per second, whether or not the earlier ones have ended.
@@ -99,6 +105,10 @@ enum LoadError {
     Setup(#[from] io::Error),
     #[error("certificates cannot be made: {0}")]
     Certificates(#[from] CertificateError),
+    #[error(
+        "of {requests} requests that should have gone {} hop between gateways, {found} went over one", if *hop { "one" } else { "no" }
+    )]
+    Hops { requests: u32, hop: bool, found: u64 },
     #[error(transparent)]
     Gateway(#[from] GatewayError),
     #[error(transparent)]
@@ -132,7 +142,13 @@ fn act(args: &Args) -> Result<(), LoadError> {
             runs.push(run);
         }
     }
-    let report = Report { heartbeat: args.heartbeat, requests: args.requests, rate: args.rate, runs };
+    let report = Report {
+        gateways: args.gateways.into(),
+        heartbeat: args.heartbeat,
+        requests: args.requests,
+        rate: args.rate,
+        runs,
+    };
     let _ = write!(io::stdout(), "{report}");
     if let Some(path) = &args.json {
         let written = fs::write(path, format!("{:#}\n", report.json()));
@@ -160,57 +176,85 @@ fn make_room(edges: usize) -> Result<(), LoadError> {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
     let ends: Vec<usize> = range.split_whitespace().filter_map(|end| end.parse().ok()).collect();
     let have = ends.last().zip(ends.first()).map_or(0, |(last, first)| last + 1 - first);
-    // Every edge's connection has a port of its own, since all have the same addresses.
+    // Every edge's connection has a port of its own where all go to the same gateway.
     let need = edges + OTHER_PORTS;
     if have < need { Err(LoadError::Ports { edges, need, have }) } else { Ok(()) }
 }
 
-/// One run, with a gateway of its own.
+/// One run, with gateways of its own.
 async fn measure(args: &Args, program: &Program, edges: usize) -> Result<Run, LoadError> {
     let folder = tempfile::tempdir()?;
-    let (id, nodes) = names(edges)?;
-    let certificates = Certificates::make(folder.path(), &id, &nodes)?;
-    let max_links = edges + SPARE_LINKS;
-    let mut gateway = Gateway::new(program, &id, &certificates, folder.path(), max_links, args.heartbeat)?;
-    gateway.start().await?;
+    let (ids, nodes) = names(args.gateways, edges)?;
+    let certificates = Certificates::make(folder.path(), &ids, &nodes)?;
+    let (max_links, heartbeat) = (edges + SPARE_LINKS, args.heartbeat);
+    let setup = Setup { program, certificates: &certificates, folder: folder.path(), max_links, heartbeat };
+    let mut gateways = Gateways::new(setup, &ids)?;
+    gateways.start().await?;
     let echo = Echo::start().await?;
     sleep(BREATH).await;
-    let empty = gateway.memory()?;
+    let (empty, empty_left) = (gateways.memory()?, gateways.memory_left()?);
 
     let (begun, target) = (Instant::now(), echo.port());
-    let fleet = Fleet::start(&nodes, &certificates, gateway.edges_address(), target, args.seed)?;
+    let fleet = Fleet::start(&nodes, &certificates, &gateways.edges_addresses(), target, args.seed)?;
     let linked = fleet.first_links(begun, LINK_LIMIT).await?;
-    sleep(args.heartbeat * SETTLE).await;
-    let idle = gateway.memory()?;
-    let cpu_at_rest = cpu(&gateway, args.rest).await?;
+    sleep(heartbeat * SETTLE).await;
+    let idle = gateways.memory()?;
+    let cpu_at_rest = cpu(&gateways, args.rest).await?;
 
-    let ingress = gateway.ingress_address();
-    let requests = Requests { ingress, target, count: args.requests, rate: args.rate, seed: args.seed };
-    let local = requests.run(&nodes, &certificates).await?;
+    let requests = Requests { target, count: args.requests, rate: args.rate, seed: args.seed };
+    let local = latency(requests, &gateways, &nodes, &certificates, Way::Local).await?;
+    let forwarded = match ids.len() {
+        1 => None,
+        _ => Some(latency(requests, &gateways, &nodes, &certificates, Way::Forwarded).await?),
+    };
 
     let killed = Instant::now();
-    gateway.kill().await?;
-    let (back, restarted) = tokio::join!(fleet.links_again(killed, LINK_LIMIT), gateway.start());
-    restarted?;
+    gateways.kill_one().await?;
+    let again = fleet.links_again(Gateways::DOOMED, killed, LINK_LIMIT);
+    let (back, recovered) = tokio::join!(again, gateways.recover());
+    recovered?;
     let back = back?;
-    sleep(args.heartbeat * SETTLE).await;
+    sleep(heartbeat * SETTLE).await;
     fleet.check()?;
-    let after = gateway.memory()?;
-    // The gateway first, so that it need not follow the end of each link.
-    gateway.kill().await?;
+    let after = gateways.memory_left()?;
+    // The gateways first, so that they need not follow the end of each link.
+    gateways.kill().await?;
     fleet.end().await;
-    Ok(Run { edges, empty, idle, after, cpu_at_rest, linked, back, local })
+    let gateways = ids.len();
+    Ok(Run { edges, gateways, empty, empty_left, idle, after, cpu_at_rest, linked, back, local, forwarded })
 }
 
-fn names(edges: usize) -> Result<(GatewayId, Vec<NodeId>), LoadError> {
+fn names(gateways: u16, edges: usize) -> Result<(Vec<GatewayId>, Vec<NodeId>), LoadError> {
+    let ids: Result<Vec<GatewayId>, _> =
+        (1..=gateways).map(|number| format!("gateway-{number}").parse()).collect();
     let nodes: Result<Vec<NodeId>, _> = (0..edges).map(|edge| format!("edge-{edge:05}").parse()).collect();
-    Ok(("gateway-1".parse().map_err(io::Error::other)?, nodes.map_err(io::Error::other)?))
+    Ok((ids.map_err(io::Error::other)?, nodes.map_err(io::Error::other)?))
 }
 
-/// How much of one core the gateway takes, over this time.
-async fn cpu(gateway: &Gateway, time: Duration) -> Result<f64, LoadError> {
-    let (begun, before) = (Instant::now(), gateway.processor_time()?);
+/// How much of one core all gateways together take, over this time.
+async fn cpu(gateways: &Gateways, time: Duration) -> Result<f64, LoadError> {
+    let (begun, before) = (Instant::now(), gateways.processor_time()?);
     sleep(time).await;
-    let busy = gateway.processor_time()?.saturating_sub(before);
+    let busy = gateways.processor_time()?.saturating_sub(before);
     Ok(busy.as_secs_f64() / begun.elapsed().as_secs_f64())
+}
+
+/// How long requests take this way. The gateways must have counted that it was this one.
+async fn latency(
+    requests: Requests,
+    gateways: &Gateways,
+    nodes: &[NodeId],
+    certificates: &Certificates,
+    way: Way,
+) -> Result<Latency, LoadError> {
+    let before = gateways.handed_to_peers().await?;
+    let latency = requests.run(&gateways.ways(nodes, way), certificates).await?;
+    let found = gateways.handed_to_peers().await?.saturating_sub(before);
+    let hop = way == Way::Forwarded;
+    let expected = if hop { requests.count.into() } else { 0 };
+    if found == expected {
+        Ok(latency)
+    } else {
+        Err(LoadError::Hops { requests: requests.count, hop, found })
+    }
 }

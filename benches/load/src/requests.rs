@@ -45,10 +45,9 @@ pub(crate) enum RequestError {
     Task(#[from] tokio::task::JoinError),
 }
 
-/// Where requests go in, and how many.
+/// Which requests, and how many.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Requests {
-    pub(crate) ingress: SocketAddr,
     /// The port of the echo server that all edges dial.
     pub(crate) target: u16,
     pub(crate) count: u32,
@@ -67,11 +66,11 @@ pub(crate) struct Latency {
 }
 
 impl Requests {
-    /// Sends them to the nodes at random, each at its time whether or not earlier ones have been answered, so that a slow
-    /// answer hides nothing. The first failure ends it.
+    /// Sends them to the nodes at random, to each through the ingress beside it, and each at its time whether or not earlier
+    /// ones have been answered, so that a slow answer hides nothing. The first failure ends it.
     pub(crate) async fn run(
         self,
-        nodes: &[NodeId],
+        nodes: &[(NodeId, SocketAddr)],
         certificates: &Certificates,
     ) -> Result<Latency, RequestError> {
         let tls = ClientTls::load(Domain::ControlPlane, certificates.client())?;
@@ -93,10 +92,10 @@ impl Requests {
                 }
                 _ = pace.tick(), if begun < self.count => {
                     begun += 1;
-                    let node = nodes[rng.random_range(0..nodes.len())].clone();
+                    let (node, ingress) = nodes[rng.random_range(0..nodes.len())].clone();
                     let tls = tls.clone();
                     under_way.spawn(async move {
-                        let asked = timeout(REQUEST_LIMIT, self.ask(&tls, &node)).await;
+                        let asked = timeout(REQUEST_LIMIT, self.ask(&tls, &node, ingress)).await;
                         let answer = asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
                         answer.map_err(|error| RequestError::Failed { node, cause: error.to_string() })
                     });
@@ -107,9 +106,14 @@ impl Requests {
     }
 
     /// One request: how long the tunnel took, and how long all of it.
-    async fn ask(self, tls: &TlsConnector, node: &NodeId) -> io::Result<(Duration, Duration)> {
+    async fn ask(
+        self,
+        tls: &TlsConnector,
+        node: &NodeId,
+        ingress: SocketAddr,
+    ) -> io::Result<(Duration, Duration)> {
         let begun = Instant::now();
-        let connection = TcpStream::connect(self.ingress).await?;
+        let connection = TcpStream::connect(ingress).await?;
         connection.set_nodelay(true)?;
         let name = ServerName::try_from(GATEWAY_NAME).map_err(io::Error::other)?;
         let mut connection = tls.connect(name, connection).await?;

@@ -10,7 +10,15 @@ mod outbox;
 mod session;
 pub(crate) mod settings;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use prometheus_client::metrics::gauge::Gauge;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -101,6 +109,7 @@ pub(crate) struct Etcd {
     map: Map,
     /// 1 while what is known is kept up to date.
     in_touch: Gauge,
+    is_in_touch: AtomicBool,
     seed: u64,
 }
 
@@ -120,7 +129,12 @@ impl Etcd {
             server_name: own.server_name.to_str().into_owned(),
         };
         let map = Map::new(config.prefix.clone(), own.gateway);
-        Ok(Arc::new(Self { config, own: entry, map, in_touch, seed }))
+        Ok(Arc::new(Self { config, own: entry, map, in_touch, is_in_touch: false.into(), seed }))
+    }
+
+    fn set_in_touch(&self, is_in_touch: bool) {
+        self.is_in_touch.store(is_in_touch, Relaxed);
+        self.in_touch.set(is_in_touch.into());
     }
 
     /// Whether the files that are named can be used.
@@ -146,7 +160,7 @@ impl Directory for Etcd {
     }
 
     fn gap(&self) -> Option<&'static str> {
-        (self.in_touch.get() == 0).then_some("etcd, which would know, cannot be followed now")
+        (!self.is_in_touch.load(Relaxed)).then_some("etcd, which would know, cannot be followed now")
     }
 
     fn last_held(&self, node: &NodeId) -> Option<LastHeld> {

@@ -126,6 +126,11 @@ impl Registry {
         state.gone.forget(node);
         let entries = state.nodes.entry(node.clone()).or_default();
         let several_before = has_several_instances(entries);
+        // Of one process, whatever came first; but a process that comes now is newer than those before it, although the
+        // clock may have been set back since.
+        let known =
+            entries.iter().filter(|entry| entry.instance != instance).map(|entry| entry.generation).max();
+        let generation = known.map_or(generation, |known| generation.max(known.saturating_add(1)));
         let newer = entries.partition_point(|entry| entry.generation > generation);
         entries.insert(newer, Entry { number, instance, generation, draining: false, link });
         supersede(entries, node, self.limits.per_node.max(1));
@@ -409,6 +414,27 @@ mod tests {
         assert_eq!(registry.metrics.nodes_with_several_links.get(), 0);
         drop(first_stays);
         assert_eq!(links(&registry, "edge-a").len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_process_whose_clock_lags_is_newer_all_the_same_but_a_late_handshake_is_not() {
+        let registry = registry();
+        let links = [TestLink::up().await, TestLink::up().await, TestLink::up().await];
+        let register = |number: u128, generation: Generation, link: &TestLink| {
+            let place = registry.place(&node("edge-a")).unwrap();
+            registry.register(place, instance(number), generation, link.gateway.clone())
+        };
+        let order = || {
+            let state = registry.state.lock();
+            let entries = &state.nodes[&node("edge-a")];
+            entries.iter().map(|entry| (entry.instance.clone(), entry.generation)).collect::<Vec<_>>()
+        };
+        let old = register(1, 600, &links[0]);
+        let _new = register(2, 5, &links[1]);
+        assert_eq!(order(), [(instance(2), 601), (instance(1), 600)]);
+        drop(old);
+        let _late = register(2, 4, &links[2]);
+        assert_eq!(order(), [(instance(2), 601), (instance(2), 4)]);
     }
 
     async fn soon<T>(what: impl Future<Output = T>) -> T {

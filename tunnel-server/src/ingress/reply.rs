@@ -114,7 +114,9 @@ fn route_kind(error: &RouteError) -> Kind {
         E::NodesUnread { .. } => unavailable("destination_unavailable", "nodes_unread", 5),
         E::Ambiguous { .. } => kind(StatusCode::BAD_GATEWAY, "destination_not_found", "ambiguous"),
         E::Offline { .. } | E::Nowhere { .. } => unavailable("destination_unavailable", "offline", 5),
-        E::Unreachable { .. } => unavailable("destination_unavailable", "peer_unreachable", 1),
+        E::Unreachable { .. } | E::OutOfReach { .. } => {
+            unavailable("destination_unavailable", "peer_unreachable", 1)
+        }
         E::Draining { .. } => unavailable("destination_unavailable", "draining", 1),
         E::LinkLost { .. } => unavailable("destination_unavailable", "link_lost", 1),
         E::GatewayFull { .. } | E::Overloaded { .. } => {
@@ -235,6 +237,15 @@ mod tests {
             (RouteError::Unsure { host: host(), cause: text() }, 503, "destination_unavailable"),
             (
                 RouteError::Nowhere {
+                    node: node(),
+                    gateway: "gw-b".parse().unwrap(),
+                    ago: Duration::from_secs(3),
+                },
+                503,
+                "destination_unavailable",
+            ),
+            (
+                RouteError::OutOfReach {
                     node: node(),
                     gateway: "gw-b".parse().unwrap(),
                     ago: Duration::from_secs(3),

@@ -30,7 +30,7 @@ use tunnel_core::{
     tls::{Domain, ServerTls},
 };
 
-use super::mesh::Own;
+use super::mesh::{Mesh, Own};
 use crate::{
     directory::Generation,
     edges::{
@@ -59,6 +59,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 pub(crate) struct PeerDoor {
     pub(crate) tls: ServerTls,
     pub(crate) own: Own,
+    pub(crate) mesh: Arc<Mesh>,
     pub(crate) heartbeat: Duration,
     pub(crate) handshake_timeout: Duration,
     pub(crate) link: LinkConfig,
@@ -156,6 +157,7 @@ impl PeerDoor {
     async fn hold(self: &Arc<Self>, mut link: Link, admitted: Admitted, peer: PeerAddr) {
         let Admitted { gateway, wants_holdings, .. } = admitted;
         info!(%gateway, %peer, "a peer has linked");
+        let _visit = self.mesh.visit(gateway.clone());
         let handle = link.handle();
         handle.introduce(self.own.introduction());
         let mut streams = JoinSet::new();
@@ -316,7 +318,9 @@ async fn refuse(pending: PendingStream, code: RefusalCode, text: &str) {
 fn refusal_code(error: &RouteError) -> RefusalCode {
     use RouteError as E;
     match error {
-        E::Offline { .. } | E::Nowhere { .. } | E::Draining { .. } => RefusalCode::NoSuchNode,
+        E::Offline { .. } | E::Nowhere { .. } | E::OutOfReach { .. } | E::Draining { .. } => {
+            RefusalCode::NoSuchNode
+        }
         E::LinkLost { .. } => RefusalCode::LinkLost,
         E::GatewayFull { .. } | E::Overloaded { .. } => RefusalCode::Overloaded,
         E::TimedOut { .. } => RefusalCode::DialTimeout,
@@ -378,6 +382,36 @@ mod tests {
         }
         assert_eq!(parts.concat(), all);
         assert_eq!(in_parts(all[..3].to_vec()), [&all[..3]]);
+    }
+
+    #[test]
+    fn what_a_peer_asks_for_is_taken_over_whole() {
+        let open = Open {
+            node: "edge-a".to_owned(),
+            target: "10.0.0.1:22".to_owned(),
+            request_id: "r-1".to_owned(),
+            traceparent: "00-1-2-01".to_owned(),
+            caller: "kube-apiserver\n".to_owned(),
+            timeout_ms: 1500,
+            ..Open::default()
+        };
+        let (to, request, patience) = asked(&open).unwrap();
+        assert_eq!((to, request.target.to_string().as_str()), (node("edge-a"), "10.0.0.1:22"));
+        assert_eq!((request.id.as_str(), request.traceparent.as_str()), ("r-1", "00-1-2-01"));
+        assert_eq!(
+            (request.caller.to_string().as_str(), patience),
+            ("kube-apiserver ", Duration::from_millis(1500))
+        );
+        assert!(
+            asked(&Open { node: "NOT A NAME".to_owned(), ..open.clone() })
+                .unwrap_err()
+                .contains("the stream's node")
+        );
+        assert!(
+            asked(&Open { target: "nowhere".to_owned(), ..open })
+                .unwrap_err()
+                .contains("the stream's target")
+        );
     }
 
     #[test]

@@ -14,16 +14,15 @@ use std::{
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::watch,
     task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    ConnectError, GatewayId, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Target,
+    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Target,
     proto::{
         ALPN_PEER, VERSIONS,
         messages::{Capability, Gateway, Hello, Holdings, RejectCode},
@@ -45,32 +44,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const SHORT_LIVED: Duration = Duration::from_secs(5);
 /// A failure that goes on is logged again, loudly, this often.
 const REMIND_PERIOD: Duration = Duration::from_secs(300);
-
-/// Connects to peers: TCP, or what a simulation has in its place.
-pub trait Dial: Clone + Send + Sync + 'static {
-    /// A connection.
-    type Conn: AsyncRead + AsyncWrite + Send + Unpin + 'static;
-
-    /// Connects. Must be cancel-safe.
-    fn dial(&self, address: &Target) -> impl Future<Output = io::Result<Self::Conn>> + Send;
-}
-
-/// Connects by TCP.
-#[derive(Clone, Copy, Debug)]
-pub struct DialTcp;
-
-impl Dial for DialTcp {
-    type Conn = TcpStream;
-
-    async fn dial(&self, address: &Target) -> io::Result<TcpStream> {
-        let stream = match address.host {
-            tunnel_core::Host::Ip(ip) => TcpStream::connect((ip, address.port)).await?,
-            tunnel_core::Host::Name(ref name) => TcpStream::connect((name.as_str(), address.port)).await?,
-        };
-        stream.set_nodelay(true)?;
-        Ok(stream)
-    }
-}
 
 /// What a gateway says of itself to its peers, and to edges of itself.
 #[derive(Clone, Debug)]
@@ -108,6 +81,8 @@ pub(crate) struct Mesh {
     unheard: Mutex<Option<usize>>,
     /// Members that there is no link to, now.
     unlinked: Mutex<BTreeSet<String>>,
+    /// Peers that have linked to this gateway, and by how many links.
+    visitors: Mutex<BTreeMap<GatewayId, usize>>,
     /// What edges are told: all gateways that are known, this one among them.
     gateways: watch::Sender<Arc<Vec<Gateway>>>,
     metrics: Metrics,
@@ -164,6 +139,7 @@ impl Mesh {
             next_number: 1.into(),
             unheard: Mutex::default(),
             unlinked: Mutex::default(),
+            visitors: Mutex::default(),
             gateways,
             metrics,
         })
@@ -188,7 +164,9 @@ impl Mesh {
     pub(crate) fn has_heard(&self) -> bool {
         let unheard = *self.unheard.lock();
         if self.directory.wants_holdings() {
-            unheard == Some(0)
+            // A name that is looked up may stand for this very gateway alone, at first.
+            let alone = self.links.lock().is_empty() && self.unlinked.lock().is_empty();
+            unheard == Some(0) && !alone
         } else {
             // Where a directory apart knows the others, there may be none.
             self.directory.gap().is_none() && unheard.is_none_or(|unheard| unheard == 0)
@@ -200,12 +178,24 @@ impl Mesh {
         if let Some(gap) = self.directory.gap() {
             return Some(gap.to_owned());
         }
-        if self.directory.wants_holdings() && !self.has_heard() {
+        if self.directory.wants_holdings() && self.unheard.lock().is_none_or(|unheard| unheard > 0) {
             return Some("the other gateways have not told yet which nodes they hold".to_owned());
         }
-        let unlinked = self.unlinked.lock();
-        let address = unlinked.first()?;
-        Some(format!("there is no link to the gateway at {address}, which may hold it"))
+        if let Some(address) = self.unlinked.lock().first() {
+            return Some(format!("there is no link to the gateway at {address}, which may hold it"));
+        }
+        let links = self.links.lock();
+        let visitors = self.visitors.lock();
+        let stranger = visitors.keys().find(|visitor| !links.contains_key(visitor))?;
+        Some(format!(
+            "gateway {stranger}, which may hold it, is linked to this one, but not the other way: is it in peers.gateways?"
+        ))
+    }
+
+    /// A peer has linked to this gateway, for as long as what is returned is held.
+    pub(super) fn visit(self: &Arc<Self>, gateway: GatewayId) -> Visit {
+        *self.visitors.lock().entry(gateway.clone()).or_default() += 1;
+        Visit { mesh: self.clone(), gateway }
     }
 
     /// All gateways that are known, as edges are told.
@@ -216,54 +206,55 @@ impl Mesh {
     /// Keeps links to all members until `stop`, then closes them.
     ///
     /// Dropping the future drops every link.
-    pub(crate) async fn run<D: Dial>(
+    pub(crate) async fn run(
         self: Arc<Self>,
         mut members: watch::Receiver<Vec<Member>>,
         tls: ClientTls,
-        dial: D,
         seed: u64,
         stop: CancellationToken,
     ) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut keepers = JoinSet::new();
-        let mut listed: Vec<(Member, CancellationToken)> = Vec::new();
+        // Those that have a keeper, and whether they are listed now.
+        let mut kept: Vec<(Member, watch::Sender<bool>)> = Vec::new();
         let mut source_is_there = true;
         loop {
-            let now = members.borrow_and_update().clone();
+            let listed = members.borrow_and_update().clone();
             // One that is not listed any more keeps its link for as long as that holds: the list may be what is wrong.
-            listed.retain(|(member, unlisted)| {
-                let stays = now.contains(member);
-                if !stays {
-                    unlisted.cancel();
-                }
-                stays
-            });
-            let is_first = !now.is_empty() && self.unheard.lock().is_none();
-            if is_first {
-                *self.unheard.lock() = Some(now.len());
+            for (member, is_listed) in &kept {
+                is_listed.send_replace(listed.contains(member));
             }
-            for member in now {
-                if !listed.iter().any(|(known, _)| *known == member) {
-                    let unlisted = CancellationToken::new();
-                    let keeper = Keeper {
-                        mesh: self.clone(),
-                        member: member.clone(),
-                        tls: tls.clone(),
-                        rng: SmallRng::seed_from_u64(rng.random()),
-                        unlisted: unlisted.clone(),
-                        stop: stop.clone(),
-                        unheard: is_first,
-                        complaint: None,
-                    };
-                    keepers.spawn(keeper.run(dial.clone()));
-                    listed.push((member, unlisted));
+            let is_first = !listed.is_empty() && self.unheard.lock().is_none();
+            if is_first {
+                *self.unheard.lock() = Some(listed.len());
+            }
+            for member in listed {
+                if kept.iter().any(|(known, _)| *known == member) {
+                    continue;
                 }
+                let (sender, is_listed) = watch::channel(true);
+                let keeper = Keeper {
+                    mesh: self.clone(),
+                    member: member.clone(),
+                    tls: tls.clone(),
+                    rng: SmallRng::seed_from_u64(rng.random()),
+                    is_listed,
+                    stop: stop.clone(),
+                    unheard: is_first,
+                    complaint: None,
+                };
+                keepers.spawn(keeper.run());
+                kept.push((member, sender));
             }
             tokio::select! {
                 // The end first; then keepers that have ended, so that they do not pile up.
                 biased;
                 () = stop.cancelled() => break,
-                Some(ended) = keepers.join_next() => report_panic("a peer's keeper", ended),
+                Some(ended) = keepers.join_next() => {
+                    report_panic("a peer's keeper", ended);
+                    // A keeper has the other end of its channel.
+                    kept.retain(|(_, is_listed)| !is_listed.is_closed());
+                }
                 changed = members.changed(), if source_is_there => source_is_there = changed.is_ok(),
                 // Edges are told at once that this gateway is about to leave.
                 () = self.own.leaving.cancelled(), if !self.told_leaving() => self.tell(),
@@ -346,14 +337,32 @@ impl Mesh {
     }
 }
 
+/// A peer's link to this gateway.
+pub(super) struct Visit {
+    mesh: Arc<Mesh>,
+    gateway: GatewayId,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        let mut visitors = self.mesh.visitors.lock();
+        if let Some(count) = visitors.get_mut(&self.gateway) {
+            *count -= 1;
+            if *count == 0 {
+                visitors.remove(&self.gateway);
+            }
+        }
+    }
+}
+
 /// Keeps the link to one member.
 struct Keeper {
     mesh: Arc<Mesh>,
     member: Member,
     tls: ClientTls,
     rng: SmallRng,
-    /// Cancelled when the member is not listed any more: then it is not dialled again.
-    unlisted: CancellationToken,
+    /// While the member is not listed, it is not dialled.
+    is_listed: watch::Receiver<bool>,
     stop: CancellationToken,
     /// It is one of the first members, and has neither failed nor told what it holds.
     unheard: bool,
@@ -367,41 +376,42 @@ impl Drop for Keeper {
 }
 
 impl Keeper {
-    async fn run<D: Dial>(mut self, dial: D) {
+    /// Keeps the link while the member is listed, and longer if it holds. Cancel-safe: links end with it.
+    async fn run(mut self) {
+        let stop = self.stop.clone();
         let mut pause = FIRST_PAUSE;
-        while !self.unlisted.is_cancelled() && !self.stop.is_cancelled() {
-            let attempt = tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return,
-                attempt = self.connect(&dial) => attempt,
-            };
+        while *self.is_listed.borrow() && !stop.is_cancelled() {
+            let Some(attempt) = stop.run_until_cancelled(self.connect()).await else { return };
             match attempt {
                 Ok((link, gateway, number)) => {
                     self.complaint = None;
+                    self.linked(true);
                     let up_since = Instant::now();
-                    self.mesh.unlinked.lock().remove(&self.member.address.to_string());
                     self.hold(link, &gateway, number).await;
                     if up_since.elapsed() >= SHORT_LIVED {
                         pause = FIRST_PAUSE;
                     }
+                    self.linked(false);
                 }
                 Err(PeerError::Own) => {
-                    self.has_heard();
                     debug!(address = %self.member.address, "this is the address of this very gateway");
-                    // Another gateway may come to have the address, but then it is listed anew or this one has gone.
-                    return;
+                    self.has_heard();
+                    return self.unlisted().await;
                 }
-                // It is linked already, under another address.
                 Err(error @ PeerError::Twice(_)) => {
                     self.complain(&error);
+                    self.linked(true);
                     self.has_heard();
-                    self.pause(&mut pause).await;
-                    continue;
+                    if let PeerError::Twice(gateway) = error {
+                        self.other_link_ended(&gateway).await;
+                    }
                 }
-                Err(error) => self.complain(&error),
+                Err(error) => {
+                    self.complain(&error);
+                    self.linked(false);
+                    self.has_heard();
+                }
             }
-            self.mesh.unlinked.lock().insert(self.member.address.to_string());
-            self.has_heard();
             self.pause(&mut pause).await;
         }
     }
@@ -410,22 +420,54 @@ impl Keeper {
     async fn pause(&mut self, pause: &mut Duration) {
         let wait = self.rng.random_range(*pause / 2..=*pause);
         *pause = (*pause * 2).min(LONGEST_PAUSE);
+        let _ = timeout(wait, self.unlisted()).await;
+    }
+
+    /// Waits until the member is not listed any more, or the gateway stops.
+    async fn unlisted(&mut self) {
         tokio::select! {
             biased;
             () = self.stop.cancelled() => {}
-            () = self.unlisted.cancelled() => {}
-            () = sleep(wait) => {}
+            _ = self.is_listed.wait_for(|is_listed| !is_listed) => {}
         }
     }
 
-    async fn connect<D: Dial>(&self, dial: &D) -> Result<(Link, GatewayId, u64), PeerError> {
-        let limit = self.mesh.connect_timeout;
-        timeout(limit, self.attempt(dial)).await.unwrap_or(Err(PeerError::TimedOut(limit)))
+    /// Waits until the link ends that there is to this gateway by another address, or this one is not listed any more.
+    async fn other_link_ended(&mut self, gateway: &GatewayId) {
+        let mesh = self.mesh.clone();
+        let mut changes = mesh.gateways();
+        let ended = async {
+            // Each link that ends is a change of what edges are told, unless it has not introduced itself yet.
+            while mesh.link(gateway).is_some() {
+                let _ = timeout(LONGEST_PAUSE, changes.changed()).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.unlisted() => {}
+            () = ended => {}
+        }
     }
 
-    async fn attempt<D: Dial>(&self, dial: &D) -> Result<(Link, GatewayId, u64), PeerError> {
+    /// Whether the member is linked now: if not, it may hold what nobody knows of.
+    fn linked(&self, is_linked: bool) {
+        let address = self.member.address.to_string();
+        let mut unlinked = self.mesh.unlinked.lock();
+        if is_linked {
+            unlinked.remove(&address);
+        } else {
+            unlinked.insert(address);
+        }
+    }
+
+    async fn connect(&self) -> Result<(Link, GatewayId, u64), PeerError> {
+        let limit = self.mesh.connect_timeout;
+        timeout(limit, self.attempt()).await.unwrap_or(Err(PeerError::TimedOut(limit)))
+    }
+
+    async fn attempt(&self) -> Result<(Link, GatewayId, u64), PeerError> {
         let Member { address, server_name } = &self.member;
-        let connection = dial.dial(address).await.map_err(PeerError::Dial)?;
+        let connection = dial(address).await.map_err(PeerError::Dial)?;
         let connection = self
             .tls
             .connector()
@@ -489,7 +531,7 @@ impl Keeper {
         };
         mesh.leave(gateway, number);
         let up_ms = up_since.elapsed().as_millis();
-        if told_to_close {
+        if told_to_close || matches!(end, LinkError::ClosedByPeer) {
             info!(%gateway, cause = %end, up_ms, "link to a peer closed");
         } else {
             warn!(%gateway, address = %self.member.address, cause = %end, up_ms, "link to a peer lost");
@@ -515,6 +557,15 @@ impl Keeper {
     }
 }
 
+async fn dial(address: &Target) -> io::Result<TcpStream> {
+    let stream = match &address.host {
+        Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
+        Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
+    };
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
 impl Mesh {
     fn hello(&self) -> Hello {
         let wants = self.directory.wants_holdings().then_some(Capability::Holdings.into());
@@ -533,13 +584,147 @@ impl Mesh {
 
 #[cfg(test)]
 mod tests {
-    use tunnel_core::proto::messages::Holding;
+    use std::{
+        fs,
+        net::{Ipv4Addr, SocketAddr},
+        sync::atomic::AtomicUsize,
+    };
+
+    use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
+    use tokio_util::task::AbortOnDropHandle;
+    use tunnel_core::{
+        proto::messages::{Holding, Welcome},
+        tls::{Domain, Files, ServerTls},
+    };
 
     use super::*;
     use crate::{
         directory::peers::Peers,
+        pki::{AltName, Authority, Profile, Validity},
         testing::{TestLink, metrics, node},
     };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Credentials of a peer called `gw`, as server and as client.
+    fn tls() -> (ServerTls, ClientTls) {
+        let (folder, hour) = (tempfile::tempdir().unwrap(), Validity::lasting(Duration::from_secs(3600)));
+        let file = |name: &str, text: &str| {
+            fs::write(folder.path().join(name), text).unwrap();
+            folder.path().join(name)
+        };
+        let authority = Authority::new(Domain::Peer, hour).unwrap();
+        let peer = Profile::Peer { name: "gw".parse().unwrap(), names: vec![AltName::Dns("gw".to_owned())] };
+        let issued = authority.issue(&peer, hour).unwrap();
+        let (cert, key) = (file("crt", &issued.cert_pem), file("key", &issued.key_pem));
+        let files = Files { cert, key, ca: file("ca", authority.cert_pem()) };
+        (ServerTls::load(Domain::Peer, files.clone()).unwrap(), ClientTls::load(Domain::Peer, files).unwrap())
+    }
+
+    /// The gateway `gw-b`, which holds nothing, at a port of every loopback address, and how often it was dialled.
+    struct FarSide {
+        port: u16,
+        dialled: Arc<AtomicUsize>,
+        cut: CancellationToken,
+        _serving: AbortOnDropHandle<()>,
+    }
+
+    impl FarSide {
+        async fn start(tls: ServerTls) -> Self {
+            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let (dialled, cut) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+            let (count, cutting) = (dialled.clone(), cut.clone());
+            let serving = tokio::spawn(async move {
+                let mut links = JoinSet::new();
+                while let Ok((connection, _)) = listener.accept().await {
+                    count.fetch_add(1, Relaxed);
+                    let (acceptor, cutting) = (tls.acceptor(), cutting.clone());
+                    links.spawn(async move {
+                        let connection = acceptor.accept(connection).await.unwrap();
+                        let pending = Link::accept(connection, LinkConfig::default()).await.unwrap();
+                        let welcome = Welcome {
+                            version: 1,
+                            gateway_id: "gw-b".to_owned(),
+                            heartbeat_ms: 1000,
+                            ..Welcome::default()
+                        };
+                        let mut link = pending.welcome(welcome).unwrap();
+                        link.handle().introduce(Gateway::default());
+                        link.handle().tell_holdings(Holdings { epoch: 1, ..Holdings::default() }).await;
+                        let held = async { while !matches!(link.next().await, LinkEvent::Closed(_)) {} };
+                        cutting.run_until_cancelled(held).await;
+                    });
+                }
+            });
+            Self { port, dialled, cut, _serving: AbortOnDropHandle::new(serving) }
+        }
+
+        fn member(&self, last: u8) -> Member {
+            let address = SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), self.port)).into();
+            Member { address, server_name: "gw".try_into().unwrap() }
+        }
+    }
+
+    /// A mesh of `gw-a` that runs with the members that the sender says.
+    fn running(tls: ClientTls) -> (Arc<Mesh>, watch::Sender<Vec<Member>>, AbortOnDropHandle<()>) {
+        let own = Own {
+            gateway: "gw-a".parse().unwrap(),
+            instance: InstanceId::from_random(1),
+            edge_address: None,
+            leaving: CancellationToken::new(),
+        };
+        let mesh = Mesh::new(own, Arc::new(Peers::default()), LinkConfig::default(), PATIENCE, metrics());
+        let (sender, members) = watch::channel(Vec::new());
+        let task: JoinHandle<()> = tokio::spawn(mesh.clone().run(members, tls, 1, CancellationToken::new()));
+        (mesh, sender, AbortOnDropHandle::new(task))
+    }
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let looking = async {
+            while !condition() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        assert!(timeout(PATIENCE, looking).await.is_ok(), "{what}");
+    }
+
+    #[tokio::test]
+    async fn a_member_that_is_not_listed_for_a_while_keeps_its_one_link() {
+        let (server, client) = tls();
+        let far = FarSide::start(server).await;
+        let (mesh, members, _running) = running(client);
+        let b: GatewayId = "gw-b".parse().unwrap();
+        members.send_replace(vec![far.member(1)]);
+        until("linked", || mesh.has_heard() && mesh.link(&b).is_some()).await;
+        assert_eq!(mesh.gap(), None);
+        for listed in [vec![], vec![far.member(1)]] {
+            members.send_replace(listed);
+            sleep(LONGEST_PAUSE).await;
+            assert!(mesh.link(&b).is_some() && far.dialled.load(Relaxed) == 1);
+        }
+        // It is dialled again once that link is gone, since it is listed.
+        far.cut.cancel();
+        until("dialled again", || far.dialled.load(Relaxed) > 1).await;
+        members.send_replace(vec![]);
+        until("not missed any more", || mesh.gap().is_none()).await;
+        sleep(LONGEST_PAUSE).await;
+        let dialled = far.dialled.load(Relaxed);
+        sleep(LONGEST_PAUSE * 2).await;
+        assert_eq!(far.dialled.load(Relaxed), dialled, "it is dialled, and not listed");
+    }
+
+    #[tokio::test]
+    async fn a_gateway_at_two_addresses_is_linked_once_and_missed_under_neither() {
+        let (server, client) = tls();
+        let far = FarSide::start(server).await;
+        let (mesh, members, _running) = running(client);
+        members.send_replace(vec![far.member(1), far.member(2)]);
+        until("linked", || mesh.has_heard()).await;
+        until("both were dialled", || far.dialled.load(Relaxed) == 2).await;
+        sleep(LONGEST_PAUSE * 2).await;
+        assert_eq!((far.dialled.load(Relaxed), mesh.gap()), (2, None));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn of_two_links_to_a_gateway_the_first_counts_and_a_late_end_changes_nothing() {

@@ -9,7 +9,6 @@ pub(crate) mod discovery;
 pub(crate) mod door;
 pub(crate) mod mesh;
 
-pub use mesh::{Dial, DialTcp};
 use rustls::pki_types::ServerName;
 use tunnel_core::Target;
 

@@ -220,3 +220,32 @@ async fn what_came_from_a_peer_goes_to_no_other() {
     assert!(matches!(opened, Err(RouteError::Offline { .. })), "{opened:?}");
     assert!(timeout(Duration::from_secs(1), b.pending()).await.is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_a_peer_waits_as_long_as_the_peer_does() {
+    let site = Site::new();
+    let link = TestLink::up().await;
+    let _stays = site.local(&link);
+    for (patience, waited) in
+        [(Duration::from_secs(2), Duration::from_secs(2)), (DIAL_TIMEOUT * 9, DIAL_TIMEOUT)]
+    {
+        let begun = Instant::now();
+        let opened = site.router.open_here(&node("edge-a"), &request(), patience).await;
+        assert!(matches!(opened, Err(RouteError::TimedOut { .. })), "{opened:?}");
+        assert_eq!(begun.elapsed(), waited);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gateway_that_is_out_of_reach_is_not_said_to_be_without_the_node() {
+    let site = Site::new();
+    let b = site.peer("gw-b", 2).await;
+    b.edge.handle().close("test");
+    b.closed().await;
+    site.peers.peer_silent(&gateway("gw-b"));
+    let text = site.router.open(&request()).await.unwrap_err().to_string();
+    assert!(
+        text.starts_with("node edge-a was linked to gateway gw-b, to which this gateway lost its link"),
+        "{text}"
+    );
+}

@@ -151,8 +151,8 @@ async fn a_gateway_that_is_killed_is_not_used_any_more_and_found_again() {
     for gateway in [&a, &c] {
         let answer = gateway.answer("edge-b").await;
         assert!(answer.contains(" 503 "), "{answer}");
-        assert!(answer.contains("node edge-b has no link to any gateway"), "{answer}");
-        assert!(answer.contains("gateway gw-b") && answer.contains("look at the log"), "{answer}");
+        let words = "node edge-b was linked to gateway gw-b, to which this gateway lost its link";
+        assert!(answer.contains(words), "{answer}");
     }
     assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
     sleep(Duration::from_millis(300)).await;

@@ -26,7 +26,7 @@ use tunnel_core::{
     tls::{ClientTls, Domain, Files, ServerTls},
 };
 use tunnel_server::{
-    DialTcp, Gateway, GatewaySettings, Member, PeerSettings, Readiness, UnixDoor,
+    Gateway, GatewaySettings, Member, PeerSettings, Readiness, UnixDoor,
     pki::{AltName, Authority, Profile, Validity},
 };
 
@@ -153,7 +153,7 @@ impl Cluster {
         gateway.serve_ingress(ingress, tls(Domain::ControlPlane));
         let unix = self.folder.path().join(format!("{number}.sock"));
         gateway.serve_ingress_plain(UnixDoor::bind(&unix, 0o600).unwrap());
-        gateway.serve_peers(peers, (tls(Domain::Peer), self.client(Domain::Peer, "gateway")), DialTcp);
+        gateway.serve_peers(peers, (tls(Domain::Peer), self.client(Domain::Peer, "gateway")));
         let (shutdown, readiness) = (CancellationToken::new(), gateway.readiness());
         let task = tokio::spawn(gateway.run(shutdown.clone()));
         let folder = self.folder.path().to_owned();

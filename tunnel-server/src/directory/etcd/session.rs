@@ -145,7 +145,7 @@ impl<'a> Session<'a> {
         if self.revision.is_none() {
             self.read_all(&client, lease).await?;
         }
-        self.etcd.in_touch.set(1);
+        self.etcd.set_in_touch(true);
         Ok(client)
     }
 
@@ -222,7 +222,7 @@ impl<'a> Session<'a> {
             }
             End::Lost(failure) => failure,
         };
-        self.etcd.in_touch.set(0);
+        self.etcd.set_in_touch(false);
         let endpoints = &self.etcd.config.endpoints;
         let endpoint = self.endpoint().map(ToString::to_string);
         debug!(endpoint, cause = %failure, "lost a member of etcd");
@@ -250,7 +250,7 @@ impl<'a> Session<'a> {
 
     /// Ends the lease, so that this gateway vanishes at once.
     async fn leave(&mut self) {
-        self.etcd.in_touch.set(0);
+        self.etcd.set_in_touch(false);
         let Some(lease) = self.lease else { return };
         let revoked = timeout(LEAVE, async {
             for _ in &self.etcd.config.endpoints {

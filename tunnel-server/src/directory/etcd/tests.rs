@@ -270,7 +270,7 @@ async fn pair(config: &EtcdConfig) -> (Gateway, Gateway) {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn gateways_see_one_another_and_vanish() {
     let etcd = Member::start();
     let config = config([etcd.endpoint()]);
@@ -301,7 +301,7 @@ async fn gateways_see_one_another_and_vanish() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn a_run_that_was_killed_leaves_nothing_to_the_next() {
     let log = Log::start();
     let etcd = Member::start();
@@ -323,7 +323,7 @@ async fn a_run_that_was_killed_leaves_nothing_to_the_next() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn two_gateways_with_one_id_are_found_out() {
     let log = Log::start();
     let etcd = Member::start();
@@ -340,7 +340,7 @@ async fn two_gateways_with_one_id_are_found_out() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn without_etcd_what_is_known_stays() {
     let log = Log::start();
     let mut etcd = Member::start();
@@ -364,7 +364,7 @@ async fn without_etcd_what_is_known_stays() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn an_etcd_that_has_lost_everything_is_filled_again() {
     let mut etcd = Member::start();
     let config = config([etcd.endpoint()]);
@@ -391,7 +391,7 @@ async fn an_etcd_that_has_lost_everything_is_filled_again() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn a_lease_that_was_lost_is_replaced() {
     let etcd = Member::start();
     let config = config([etcd.endpoint()]);
@@ -414,7 +414,7 @@ struct CompactionRequest {
 struct Nothing {}
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn a_watch_that_missed_what_was_compacted_reads_all() {
     let log = Log::start();
     let etcd = Member::start();
@@ -453,7 +453,7 @@ async fn a_watch_that_missed_what_was_compacted_reads_all() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn a_watch_goes_on_where_it_was() {
     let log = Log::start();
     let etcd = Member::start();
@@ -476,7 +476,7 @@ async fn a_watch_goes_on_where_it_was() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn any_member_of_three_may_die() {
     let log = Log::start();
     let mut etcd = Member::cluster(3, None);
@@ -501,7 +501,7 @@ async fn any_member_of_three_may_die() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 #[allow(clippy::print_stderr, reason = "the figures are what it is for")]
 async fn changes_are_known_within_a_second() {
     const CHANGES: usize = 1000;
@@ -544,7 +544,7 @@ async fn changes_are_known_within_a_second() {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn many_links_are_written_and_read_page_by_page() {
     let etcd = Member::start();
     let config = config([etcd.endpoint()]);
@@ -611,7 +611,7 @@ async fn demand_users(client: &Client) {
 }
 
 #[tokio::test]
-#[ignore = "needs etcd: tests/cluster/run"]
+#[ignore = "needs etcd: cargo test -- --include-ignored"]
 async fn users_and_certificates_are_heeded() {
     let log = Log::start();
     let authority = Authority::new();

@@ -1,5 +1,5 @@
 //! Gateways that find one another through a real etcd, which each test starts and ends. They need Debian's etcd-server,
-//! so that `cargo test` leaves them out; `tests/cluster/run` installs it and runs them, or by hand:
+//! so that a plain `cargo test` leaves them out; CI installs it and runs them, or by hand:
 //!
 //! ```text
 //! cargo test -p tunnel-server directory::etcd -- --ignored

@@ -209,7 +209,7 @@ fn a_lost_link_is_replaced_by_its_own_keeper() {
     assert_eq!(run.next(2), Step::Unneeded);
     let link = run.link(1);
     run.cluster.lost(link, run.now);
-    assert_eq!(run.next(2), Step::Rest, "which has not asked yet");
+    assert_eq!(run.next(2), Step::Unneeded, "which has not asked yet");
     assert_eq!(run.next(1), Step::Configured, "the gateway's own address is left alone");
 }
 

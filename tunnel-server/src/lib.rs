@@ -27,6 +27,7 @@ pub mod dev;
 mod directory;
 mod edges;
 mod gateway;
+mod gone;
 mod grants;
 mod ingress;
 mod listener;

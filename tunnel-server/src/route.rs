@@ -236,11 +236,13 @@ impl Way {
 
     /// Whether the other is no better than this one: the same link, and the same word of what lies behind it.
     fn is_same(&self, other: &Self) -> bool {
-        let holder = |way: &Self| match way {
-            Self::Link(_) => None,
-            Self::Peer(holder, _) => Some(holder.clone()),
-        };
-        self.link().is_same(other.link()) && holder(self) == holder(other)
+        match (self, other) {
+            (Self::Link(one), Self::Link(another)) => one.is_same(another),
+            (Self::Peer(holder, one), Self::Peer(another_holder, another)) => {
+                holder == another_holder && one.is_same(another)
+            }
+            _ => false,
+        }
     }
 }
 

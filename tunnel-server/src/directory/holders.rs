@@ -10,9 +10,7 @@ use tokio::time::Instant;
 use tunnel_core::{GatewayId, NodeId};
 
 use super::Generation;
-
-/// Nodes that nobody holds any more, and that are remembered; the one that was held longest ago is forgotten first.
-const REMEMBERED: usize = 16 * 1024;
+use crate::gone::Gone;
 
 /// A gateway that holds a link to a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,14 +34,8 @@ pub(crate) struct Holders(RwLock<State>);
 struct State {
     by_node: BTreeMap<NodeId, BTreeMap<GatewayId, Generation>>,
     by_gateway: BTreeMap<GatewayId, BTreeSet<NodeId>>,
-    gone: Gone,
-}
-
-/// Nodes that nobody holds any more, as many as are remembered.
-#[derive(Debug, Default)]
-struct Gone {
-    last: BTreeMap<NodeId, LastHeld>,
-    by_age: BTreeSet<(Instant, NodeId)>,
+    /// Nodes that nobody holds any more, and who held each last.
+    gone: Gone<GatewayId>,
 }
 
 impl Holders {
@@ -93,7 +85,9 @@ impl Holders {
 
     /// Who held `node` last, where nobody does any more.
     pub(crate) fn last(&self, node: &NodeId) -> Option<LastHeld> {
-        self.0.read().gone.last.get(node).cloned()
+        let state = self.0.read();
+        let (until, gateway) = state.gone.get(node)?;
+        Some(LastHeld { gateway: gateway.clone(), until })
     }
 
     /// How many nodes `gateway` holds.
@@ -147,28 +141,9 @@ impl State {
             if holders.is_empty() {
                 self.by_node.remove(node);
                 if held {
-                    self.gone.remember(node, gateway);
+                    self.gone.remember(node.clone(), Instant::now(), gateway.clone());
                 }
             }
-        }
-    }
-}
-
-impl Gone {
-    fn remember(&mut self, node: &NodeId, gateway: &GatewayId) {
-        let until = Instant::now();
-        self.last.insert(node.clone(), LastHeld { gateway: gateway.clone(), until });
-        self.by_age.insert((until, node.clone()));
-        if self.last.len() > REMEMBERED
-            && let Some((_, oldest)) = self.by_age.pop_first()
-        {
-            self.last.remove(&oldest);
-        }
-    }
-
-    fn forget(&mut self, node: &NodeId) {
-        if let Some(last) = self.last.remove(node) {
-            self.by_age.remove(&(last.until, node.clone()));
         }
     }
 }
@@ -176,7 +151,7 @@ impl Gone {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::node;
+    use crate::{gone::REMEMBERED, testing::node};
 
     fn gateway(name: &str) -> GatewayId {
         name.parse().unwrap()
@@ -235,8 +210,6 @@ mod tests {
             holders.release(&a, &node);
         }
         assert_eq!((holders.last(&node("n0")), holders.last(&node("n1")).is_some()), (None, true));
-        let state = holders.0.read();
-        assert_eq!((state.gone.last.len(), state.gone.by_age.len()), (REMEMBERED, REMEMBERED));
     }
 
     #[test]

@@ -39,10 +39,14 @@ impl Changes {
     }
 
     /// The nodes that changed after the first `seen` changes, each once. `None` if that is not known any more.
-    fn since(&self, seen: u64) -> Option<BTreeSet<NodeId>> {
-        let behind = usize::try_from(*self.count.borrow() - seen).ok()?;
+    pub(super) fn since(&self, seen: u64) -> Option<BTreeSet<NodeId>> {
+        let behind = usize::try_from(self.count() - seen).ok()?;
         let first = self.nodes.len().checked_sub(behind)?;
         Some(self.nodes.range(first..).cloned().collect())
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        *self.count.borrow()
     }
 
     pub(super) fn subscribe(&self) -> watch::Receiver<u64> {
@@ -88,31 +92,6 @@ impl News {
             }
         }
         self.registry.held_since(&mut self.seen)
-    }
-}
-
-impl Changes {
-    /// The news for a reader that has heard of `seen` changes, which are all afterwards.
-    pub(super) fn news(
-        &self,
-        seen: &mut Option<u64>,
-        generation: impl Fn(&NodeId) -> Option<Generation>,
-        all: impl Fn() -> BTreeMap<NodeId, Generation>,
-    ) -> Held {
-        let changed = seen.and_then(|seen| self.since(seen));
-        *seen = Some(*self.count.borrow());
-        match changed {
-            Some(changed) => Held::Changed(
-                changed
-                    .into_iter()
-                    .map(|node| {
-                        let generation = generation(&node);
-                        (node, generation)
-                    })
-                    .collect(),
-            ),
-            None => Held::All(all()),
-        }
     }
 }
 

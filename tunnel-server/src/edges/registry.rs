@@ -16,10 +16,7 @@ use tracing::{info, warn};
 use tunnel_core::{InstanceId, LinkHandle, NodeId};
 
 use super::held::{Changes, Held};
-use crate::{directory::Generation, metrics::Metrics};
-
-/// Nodes without a link whose last sign of life is remembered; the one that was seen longest ago is forgotten first.
-const REMEMBERED: usize = 16 * 1024;
+use crate::{directory::Generation, gone::Gone, metrics::Metrics};
 
 /// Links of one node at one time, those that drain among them, by what it may have without these. An edge whose
 /// certificate rotates drains its link and makes a new one, and long streams keep the old ones up.
@@ -47,7 +44,8 @@ pub(crate) struct Registry {
 #[derive(Debug, Default)]
 struct State {
     nodes: BTreeMap<NodeId, Vec<Entry>>,
-    gone: Gone,
+    /// Nodes whose last link has ended.
+    gone: Gone<()>,
     changes: Changes,
     next_number: u64,
     /// Links that hold a place, registered or superseded.
@@ -162,7 +160,7 @@ impl Registry {
     /// Whether there is a link to `node`, or has been one.
     pub(crate) fn knows(&self, node: &NodeId) -> bool {
         let state = self.state.lock();
-        state.nodes.contains_key(node) || state.gone.since.contains_key(node)
+        state.nodes.contains_key(node) || state.gone.get(node).is_some()
     }
 
     /// Whether there is no link that takes streams.
@@ -176,14 +174,20 @@ impl Registry {
         self.state.lock().changes.subscribe()
     }
 
-    /// What is held, for a reader that has heard of the first `seen` changes.
+    /// What is held, for a reader that has heard of the first `seen` changes, which are all afterwards.
     pub(super) fn held_since(&self, seen: &mut Option<u64>) -> Held {
         let state = self.state.lock();
-        let all = || {
-            let nodes = state.nodes.keys();
-            nodes.filter_map(|node| Some((node.clone(), state.generation(node)?))).collect()
+        let changed = seen.and_then(|seen| state.changes.since(seen));
+        *seen = Some(state.changes.count());
+        let held = |node: NodeId| {
+            let generation = state.generation(&node);
+            (node, generation)
         };
-        state.changes.news(seen, |node| state.generation(node), all)
+        if let Some(changed) = changed {
+            return Held::Changed(changed.into_iter().map(held).collect());
+        }
+        let all = state.nodes.keys().cloned().map(held);
+        Held::All(all.filter_map(|(node, generation)| Some((node, generation?))).collect())
     }
 
     fn drains(&self, node: &NodeId, number: u64) {
@@ -208,7 +212,7 @@ impl Registry {
         let several = has_several_instances(entries);
         if entries.is_empty() {
             state.nodes.remove(node);
-            state.gone.remember(node.clone(), last_heard);
+            state.gone.remember(node.clone(), last_heard, ());
         }
         state.note(node, held_before);
         self.count_several(several_before, several);
@@ -238,8 +242,8 @@ impl State {
             // Its link has just ended, and its task is about to say so.
             return Lookup::Offline { last_seen: Duration::ZERO };
         }
-        match self.gone.since.get(node) {
-            Some(seen) => Lookup::Offline { last_seen: seen.elapsed() },
+        match self.gone.get(node) {
+            Some((seen, ())) => Lookup::Offline { last_seen: seen.elapsed() },
             None => Lookup::Unknown,
         }
     }
@@ -271,32 +275,6 @@ fn supersede(entries: &mut Vec<Entry>, node: &NodeId, per_node: usize) {
 
 fn has_several_instances(entries: &[Entry]) -> bool {
     entries.windows(2).any(|pair| pair[0].instance != pair[1].instance)
-}
-
-/// Nodes whose last link has ended, as many as are remembered.
-#[derive(Debug, Default)]
-struct Gone {
-    since: BTreeMap<NodeId, Instant>,
-    by_age: BTreeSet<(Instant, NodeId)>,
-}
-
-impl Gone {
-    fn remember(&mut self, node: NodeId, now: Instant) {
-        self.forget(&node);
-        self.since.insert(node.clone(), now);
-        self.by_age.insert((now, node));
-        if self.since.len() > REMEMBERED
-            && let Some((_, oldest)) = self.by_age.pop_first()
-        {
-            self.since.remove(&oldest);
-        }
-    }
-
-    fn forget(&mut self, node: &NodeId) {
-        if let Some(since) = self.since.remove(node) {
-            self.by_age.remove(&(since, node.clone()));
-        }
-    }
 }
 
 /// The right of a node to one more link. Given back when dropped.
@@ -518,16 +496,5 @@ mod tests {
         assert!(registry.state.lock().beyond.is_empty());
         let _all = [&a, &a, &b].map(|node| registry.place(node).unwrap());
         assert!(registry.place(&a).is_err(), "the node has no link any more");
-    }
-
-    #[test]
-    fn the_node_seen_longest_ago_is_forgotten_first() {
-        let mut gone = Gone::default();
-        let start = Instant::now();
-        for number in 0..=REMEMBERED as u64 {
-            gone.remember(node(&format!("n{number}")), start + Duration::from_secs(number));
-        }
-        assert_eq!((gone.since.len(), gone.by_age.len()), (REMEMBERED, REMEMBERED));
-        assert!(!gone.since.contains_key(&node("n0")) && gone.since.contains_key(&node("n1")));
     }
 }

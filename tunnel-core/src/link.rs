@@ -445,8 +445,7 @@ impl Link {
             Ok(_) => Err(LinkError::Protocol("an event before the hello".to_owned())),
             Err(error @ (LinkError::Control(_) | LinkError::Frame(_))) => {
                 // The multiplexer works: the far side can be told.
-                let reject =
-                    Reject { code: RejectCode::Malformed.into(), text: error.to_string(), retry_after_ms: 0 };
+                let reject = Reject::new(RejectCode::Malformed, error.to_string(), Duration::ZERO);
                 PendingLink { hello: Hello::default(), mux, channel, config }.reject(reject).await;
                 Err(error)
             }

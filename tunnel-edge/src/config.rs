@@ -19,7 +19,7 @@ use crate::{
     daemon::{
         DrainSettings,
         log::{LogConfig, LogSettings},
-        settings::{List, OrNone, Parse, Place, Problems, Size, defaults, not_expected},
+        settings::{List, OrNone, Parse, Place, Problems, Size, defaults},
     },
     policy::{Policy, Rule},
 };
@@ -59,7 +59,7 @@ crate::settings_group! {
         /// PEM file with the CA certificates that gateways' certificates must come from.
         ca: Option<PathBuf>,
         /// Name that gateways' certificates must be for. Default: the host that is dialed.
-        server_name: Option<ExpectedName>,
+        server_name: Option<ServerName<'static>>,
     }
 }
 
@@ -241,19 +241,6 @@ impl Parse for ProxyChoice {
     }
 }
 
-/// A name that a certificate is expected to be for.
-#[derive(Clone, Debug)]
-pub struct ExpectedName(ServerName<'static>);
-
-impl Parse for ExpectedName {
-    const PLACEHOLDER: &'static str = "NAME";
-    const EXPECTED: &'static str = "a DNS name or an IP address";
-
-    fn parse(text: &str) -> Result<Self, String> {
-        ServerName::try_from(text.to_owned()).map(Self).map_err(|_| not_expected::<Self>(text))
-    }
-}
-
 const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -312,7 +299,7 @@ impl Settings {
             rebalance: self.edge.rebalance.value,
             proxy: self.edge.proxy.value,
             tls,
-            server_name: self.tls.server_name.value.map(|name| name.0),
+            server_name: self.tls.server_name.value,
             policy: Policy::new(rules, self.kubelet.address.value),
             connect_timeout: self.edge.connect_timeout.value,
             dial_timeout: self.edge.dial_timeout.value,

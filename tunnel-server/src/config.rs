@@ -26,7 +26,7 @@ use tunnel_edge::{
 
 pub use grant::{Grant, HostName};
 pub use kubeconfig::Kubeconfig;
-pub use peers::{Finding, PeerName, PeersConfig, PeersSettings};
+pub use peers::{Finding, PeersConfig, PeersSettings};
 
 use crate::{cluster::Access, directory::etcd::settings::EtcdSettings, grants::Grants};
 

@@ -39,6 +39,9 @@ mod route;
 #[cfg(test)]
 mod testing;
 
+/// What a gateway calls itself on its links.
+const SOFTWARE: &str = concat!("tunnel-server/", env!("CARGO_PKG_VERSION"));
+
 pub use {
     cluster::{Access, AccessError},
     edges::registry::LinkLimits,

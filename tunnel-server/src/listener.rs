@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use tunnel_core::{
     Leg,
+    proto::{ALPN_EDGE, ALPN_PEER},
     tls::{self, Domain, ServerTls},
 };
 
@@ -252,7 +253,8 @@ pub(crate) async fn in_turn<T>(turns: &Semaphore, work: impl Future<Output = T>)
     work.await
 }
 
-/// The server side of a TLS handshake, within `deadline`. A failure is told to the client, logged and counted.
+/// The server side of a TLS handshake, within `deadline`. A failure is told to the client, logged and counted; so is a
+/// client that asks for no application protocol at all, where links are made: it passes TLS, but is no edge and no peer.
 ///
 /// Both the handshake and the connection are boxed: they are large, and would stand several times in the future of each
 /// connection, which stays as large as its largest moment until its end.
@@ -265,10 +267,14 @@ pub(crate) async fn handshake<C: Leg + 'static>(
     metrics: &Metrics,
 ) -> Option<Box<TlsStream<C>>> {
     let accepting = Box::pin(tls.acceptor().accept(conn).into_fallible());
-    let (error, conn) = match timeout(deadline, accepting).await {
-        Ok(Ok(stream)) => return Some(Box::new(stream)),
-        Ok(Err((error, conn))) => (error, Some(conn)),
-        Err(_) => (io::Error::from(io::ErrorKind::TimedOut), None),
+    let shaken = match timeout(deadline, accepting).await {
+        Ok(Ok(stream)) => Ok(Box::new(stream)),
+        Ok(Err((error, conn))) => Err((error, Some(conn))),
+        Err(_) => Err((io::Error::from(io::ErrorKind::TimedOut), None)),
+    };
+    let (error, conn) = match shaken {
+        Ok(stream) => return of_its_protocol(stream, domain, peer, metrics).await,
+        Err(failed) => failed,
     };
     let cause = if conn.is_some() { tls::label(&error) } else { "timeout" };
     let text = match &conn {
@@ -285,6 +291,27 @@ pub(crate) async fn handshake<C: Leg + 'static>(
     if let Some(conn) = conn {
         say_farewell(conn).await;
     }
+    None
+}
+
+/// The connection, if it is one of its domain's application protocol, where there is only one.
+async fn of_its_protocol<C: Leg + 'static>(
+    stream: Box<TlsStream<C>>,
+    domain: Domain,
+    peer: PeerAddr,
+    metrics: &Metrics,
+) -> Option<Box<TlsStream<C>>> {
+    let (wanted, of) = match domain {
+        Domain::Edge => (ALPN_EDGE, "edges"),
+        Domain::Peer => (ALPN_PEER, "peers"),
+        Domain::ControlPlane => return Some(stream),
+    };
+    if stream.get_ref().1.alpn_protocol() == Some(wanted) {
+        return Some(stream);
+    }
+    metrics.handshake_failed(domain, "alpn");
+    warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of {of}");
+    say_farewell(stream).await;
     None
 }
 

@@ -147,6 +147,7 @@ impl BoundGateway {
         let edges_tls = load("edges", Domain::Edge, &config.edges.tls)?;
         let tcp = config.ingress.tcp.as_ref();
         let ingress_tls = tcp.map(|tcp| load("ingress", Domain::ControlPlane, &tcp.tls)).transpose()?;
+        let peers_tls = config.peers.as_ref().map(|peers| load_peers(&peers.tls)).transpose()?;
 
         if let Some(problem) = config.shared_ca() {
             return Err(StartError::SharedCa(problem));
@@ -163,10 +164,12 @@ impl BoundGateway {
         }
         let (listener, edges) = listen("edges.listen", config.edges.listen).await?;
         gateway.serve_edges(listener, edges_tls);
-        let peers = match &config.peers {
-            None => None,
-            Some(peers) => Some(serve_peers(&mut gateway, peers).await?),
-        };
+        let mut peers = None;
+        if let (Some(config), Some(tls)) = (&config.peers, peers_tls) {
+            let (listener, address) = listen("peers.listen", config.listen).await?;
+            gateway.serve_peers(listener, tls);
+            peers = Some(address);
+        }
         let mut ingress = None;
         if let (Some(tcp), Some(tls)) = (tcp, ingress_tls) {
             let (listener, address) = listen("ingress.listen", tcp.listen).await?;
@@ -270,13 +273,11 @@ fn among_peers(
     }
 }
 
-async fn serve_peers(gateway: &mut Gateway, peers: &PeersConfig) -> Result<SocketAddr, StartError> {
+/// A gateway is a server to its peers, and a client of them.
+fn load_peers(files: &Files) -> Result<(ServerTls, ClientTls), StartError> {
     let failed = |error| StartError::Tls { group: "peers", error };
-    let server = ServerTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
-    let client = ClientTls::load(Domain::Peer, peers.tls.clone()).map_err(failed)?;
-    let (listener, address) = listen("peers.listen", peers.listen).await?;
-    gateway.serve_peers(listener, (server, client));
-    Ok(address)
+    let server = ServerTls::load(Domain::Peer, files.clone()).map_err(failed)?;
+    Ok((server, ClientTls::load(Domain::Peer, files.clone()).map_err(failed)?))
 }
 
 async fn listen(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

@@ -358,14 +358,19 @@ pub fn choose_version(hello: &Hello) -> Result<u32, Reject> {
     if version >= ours_min && version >= hello.min_version {
         return Ok(version);
     }
-    Err(Reject {
-        code: RejectCode::Version.into(),
-        text: format!(
-            "no common protocol version: this side speaks {ours_min} to {ours_max}, the far side {} to {}; update the older one",
-            hello.min_version, hello.max_version
-        ),
-        retry_after_ms: 0,
-    })
+    let text = format!(
+        "no common protocol version: this side speaks {ours_min} to {ours_max}, the far side {} to {}; update the older one",
+        hello.min_version, hello.max_version
+    );
+    Err(Reject::new(RejectCode::Version, text, Duration::ZERO))
+}
+
+impl Reject {
+    /// A refusal of a link. The dialer shall stay away for `retry_after`; if that is zero, its own backoff counts.
+    pub fn new(code: RejectCode, text: String, retry_after: Duration) -> Self {
+        let retry_after_ms = u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX);
+        Self { code: code.into(), text, retry_after_ms }
+    }
 }
 
 fn name(kind: &Kind) -> &'static str {

@@ -8,12 +8,12 @@ use tunnel_core::{
     tls::{ClientTls, Domain, Files},
 };
 use tunnel_edge::{
-    daemon::settings::{List, OrNone, Parse, Problems, Size, not_expected},
+    daemon::settings::{List, OrNone, Problems, Size},
     settings_group,
 };
 
 use crate::{
-    directory::etcd::{Etcd, EtcdConfig, settings::EtcdSettings},
+    directory::etcd::{EtcdConfig, settings::EtcdSettings},
     peers::Member,
 };
 
@@ -35,7 +35,7 @@ settings_group! {
         /// way tell one another which nodes they hold. Instead of this, etcd.endpoints may be set.
         gateways: List<Target>,
         /// Name that other gateways' certificates must be for. Default: the host that peers.gateways names.
-        server_name: Option<PeerName>,
+        server_name: Option<ServerName<'static>>,
         /// Only with etcd: HOST:PORT where other gateways reach this one's peers.listen. Default: peers.listen itself.
         address: Option<Target>,
         /// Heartbeat period of the links between gateways. A gateway that is dead is noticed after two of them.
@@ -69,7 +69,7 @@ impl PeersConfig {
             ClientTls::load(Domain::Peer, self.tls.clone()).err().map(|error| format!("peers: {error}"));
         let etcd = match &self.finding {
             Finding::List(_) => None,
-            Finding::Etcd(etcd, _) => Etcd::check(etcd).err().map(|error| format!("etcd: {error}")),
+            Finding::Etcd(etcd, _) => etcd.check_files().err().map(|error| format!("etcd: {error}")),
         };
         client.into_iter().chain(etcd).collect()
     }
@@ -82,19 +82,6 @@ pub enum Finding {
     List(Vec<Member>),
     /// Through etcd, where each says how it is reached itself.
     Etcd(Box<EtcdConfig>, Member),
-}
-
-/// A name in another gateway's certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerName(ServerName<'static>);
-
-impl Parse for PeerName {
-    const PLACEHOLDER: &'static str = "NAME";
-    const EXPECTED: &'static str = "a DNS name or an IP address";
-
-    fn parse(text: &str) -> Result<Self, String> {
-        ServerName::try_from(text.to_owned()).map(Self).map_err(|_| not_expected::<Self>(text))
-    }
 }
 
 impl PeersSettings {
@@ -192,7 +179,7 @@ impl PeersSettings {
             Host::Ip(ip) => Some(ServerName::from(*ip)),
             Host::Name(name) => ServerName::try_from(name.clone()).ok(),
         };
-        let server_name = self.server_name.value.clone().map(|name| name.0).or_else(named)?;
+        let server_name = self.server_name.value.clone().or_else(named)?;
         Some(Member { address: address.clone(), server_name })
     }
 }

@@ -121,7 +121,7 @@ impl Etcd {
         in_touch: Gauge,
         seed: u64,
     ) -> Result<Arc<Self>, EtcdError> {
-        Self::check(&config)?;
+        config.check_files()?;
         let instance = InstanceId::from_random(SmallRng::seed_from_u64(seed).random());
         let entry = Entry {
             instance: instance.to_string(),
@@ -135,11 +135,6 @@ impl Etcd {
     fn set_in_touch(&self, is_in_touch: bool) {
         self.is_in_touch.store(is_in_touch, Relaxed);
         self.in_touch.set(is_in_touch.into());
-    }
-
-    /// Whether the files that are named can be used.
-    pub(crate) fn check(config: &EtcdConfig) -> Result<(), EtcdError> {
-        config.check_files()
     }
 
     /// The other gateways. One that is killed leaves when its lease runs out.

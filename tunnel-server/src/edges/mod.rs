@@ -25,7 +25,6 @@ use tunnel_core::{
     GatewayId, InstanceId, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId, PendingLink,
     identity::{IdentityError, node_from_certificate, validity_of_certificate},
     proto::{
-        ALPN_EDGE,
         control::choose_version,
         messages::{Gateway, Hello, Reject, RejectCode, Update, Welcome},
     },
@@ -34,9 +33,10 @@ use tunnel_core::{
 
 use self::registry::{Place, Registration, Registry};
 use crate::{
+    SOFTWARE,
     directory::Generation,
     grants::{Grants, SharedGrants},
-    listener::{PeerAddr, TURNS, handshake, in_turn, say_farewell},
+    listener::{PeerAddr, TURNS, handshake, in_turn},
     metrics::Metrics,
 };
 
@@ -175,14 +175,6 @@ impl EdgeDoor {
     async fn introduce<C: Leg + 'static>(&self, conn: C, peer: PeerAddr) -> Option<Introduced> {
         let deadline = self.settings.handshake_timeout;
         let conn = handshake(&self.tls, Domain::Edge, conn, peer, deadline, &self.metrics).await?;
-        let connection = conn.get_ref().1;
-        // A client that offers no protocol at all passes TLS: it is no edge.
-        if connection.alpn_protocol() != Some(ALPN_EDGE) {
-            self.metrics.handshake_failed(Domain::Edge, "alpn");
-            warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of edges");
-            say_farewell(conn).await;
-            return None;
-        }
         let (identity, expiry) = (identity(&conn), expiry(&conn));
         match Link::accept(conn, self.settings.link).await {
             Ok(pending) => Some((pending, identity, expiry)),
@@ -204,11 +196,11 @@ impl EdgeDoor {
     fn admit(&self, identity: Result<NodeId, IdentityError>, hello: &Hello) -> Result<Admitted, Reject> {
         if self.draining.is_cancelled() {
             let text = format!("gateway {} is about to leave: use another", self.settings.gateway_id);
-            return Err(reject(RejectCode::Draining, text, RETRY_AFTER_DRAINING));
+            return Err(Reject::new(RejectCode::Draining, text, RETRY_AFTER_DRAINING));
         }
         let version = choose_version(hello)?;
-        let node =
-            identity.map_err(|error| reject(RejectCode::Identity, error.to_string(), RETRY_AFTER_REPAIR))?;
+        let node = identity
+            .map_err(|error| Reject::new(RejectCode::Identity, error.to_string(), RETRY_AFTER_REPAIR))?;
         if !hello.node_claim.is_empty() && hello.node_claim != node.as_str() {
             let claim: String = hello.node_claim.chars().take(253).collect();
             let text = format!(
@@ -216,15 +208,15 @@ impl EdgeDoor {
                  set the edge's node name to that, or give it a certificate of its own",
                 node.as_str()
             );
-            return Err(reject(RejectCode::Identity, text, RETRY_AFTER_REPAIR));
+            return Err(Reject::new(RejectCode::Identity, text, RETRY_AFTER_REPAIR));
         }
         let instance = hello.instance_id.parse().map_err(|error| {
-            reject(RejectCode::Malformed, format!("in the hello, {error}"), RETRY_AFTER_REPAIR)
+            Reject::new(RejectCode::Malformed, format!("in the hello, {error}"), RETRY_AFTER_REPAIR)
         })?;
         let place = self
             .registry
             .place(&node)
-            .map_err(|full| reject(RejectCode::Overloaded, full.to_string(), RETRY_AFTER))?;
+            .map_err(|full| Reject::new(RejectCode::Overloaded, full.to_string(), RETRY_AFTER))?;
         let generation = if hello.generation == 0 { now_in_millis() } else { hello.generation };
         Ok(Admitted { node, instance, generation, version, place })
     }
@@ -271,7 +263,7 @@ impl EdgeDoor {
             heartbeat_ms: u32::try_from(self.settings.heartbeat.as_millis()).unwrap_or(u32::MAX),
             granted,
             max_streams: u32::try_from(self.settings.link.max_streams).unwrap_or(u32::MAX),
-            software: concat!("tunnel-server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            software: SOFTWARE.to_owned(),
             gateways: told_gateways(gateways),
             ..Welcome::default()
         }
@@ -438,11 +430,6 @@ fn identity<C>(conn: &TlsStream<C>) -> Result<NodeId, IdentityError> {
 
 fn identity_text(identity: &Result<NodeId, IdentityError>) -> &str {
     identity.as_ref().map_or("unknown", NodeId::as_str)
-}
-
-fn reject(code: RejectCode, text: String, retry_after: Duration) -> Reject {
-    let retry_after_ms = u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX);
-    Reject { code: code.into(), text, retry_after_ms }
 }
 
 fn reject_label(code: RejectCode) -> &'static str {

@@ -20,7 +20,7 @@ use tunnel_core::{
     Aborted, GatewayId, Incoming, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId,
     PendingStream, Relayed, TunnelStream,
     proto::{
-        ALPN_PEER, clean_text,
+        clean_text,
         control::choose_version,
         messages::{
             AbortCode, Capability, Hello, Holding, Holdings, Open, RefusalCode, Reject, RejectCode, Welcome,
@@ -32,13 +32,14 @@ use tunnel_core::{
 
 use super::mesh::{Mesh, Own};
 use crate::{
+    SOFTWARE,
     directory::Generation,
     edges::{
         held::{Held, News},
         registry::Registry,
     },
     ingress::Caller,
-    listener::{PeerAddr, handshake, report_panic, say_farewell},
+    listener::{PeerAddr, handshake, report_panic},
     metrics::{Counted, Metrics},
     route::{Request, RouteError, Routed, Router},
 };
@@ -90,12 +91,6 @@ impl PeerDoor {
     pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
         let shaking = handshake(&self.tls, Domain::Peer, conn, peer, self.handshake_timeout, &self.metrics);
         let Some(conn) = shaking.await else { return };
-        // A client that offers no protocol at all passes TLS: it is no peer.
-        if conn.get_ref().1.alpn_protocol() != Some(ALPN_PEER) {
-            self.metrics.handshake_failed(Domain::Peer, "alpn");
-            warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of peers");
-            return say_farewell(conn).await;
-        }
         let pending = match Link::accept(conn, self.link).await {
             Ok(pending) => pending,
             Err(error) => {
@@ -120,11 +115,7 @@ impl PeerDoor {
     }
 
     fn admit(&self, hello: &Hello) -> Result<Admitted, Reject> {
-        let reject = |code: RejectCode, text: String| Reject {
-            code: code.into(),
-            text,
-            retry_after_ms: u32::try_from(RETRY_AFTER.as_millis()).unwrap_or(u32::MAX),
-        };
+        let reject = |code, text| Reject::new(code, text, RETRY_AFTER);
         let own = &self.own;
         if hello.instance_id == own.instance.as_str() {
             return Err(reject(RejectCode::SameGateway, format!("this is gateway {} itself", own.gateway)));
@@ -149,7 +140,7 @@ impl PeerDoor {
             session_id: format!("{}-peer-{}", self.own.gateway, self.sessions.fetch_add(1, Relaxed)),
             heartbeat_ms: u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX),
             max_streams: u32::try_from(self.link.max_streams).unwrap_or(u32::MAX),
-            software: concat!("tunnel-server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            software: SOFTWARE.to_owned(),
             ..Welcome::default()
         }
     }

@@ -32,6 +32,7 @@ use tunnel_core::{
 
 use super::Member;
 use crate::{
+    SOFTWARE,
     directory::{Directory, Untold},
     listener::report_panic,
     metrics::Metrics,
@@ -572,7 +573,7 @@ impl Mesh {
         Hello {
             min_version: VERSIONS.0,
             max_version: VERSIONS.1,
-            software: concat!("tunnel-server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            software: SOFTWARE.to_owned(),
             instance_id: self.own.instance.as_str().to_owned(),
             capabilities: wants.into_iter().collect(),
             max_streams: u32::try_from(self.config.max_streams).unwrap_or(u32::MAX),

@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 use tunnel_core::{GatewayId, Host, NodeId, Target};
 
 use super::{Kind, List, Node, Problems};
@@ -103,6 +104,15 @@ impl Parse for IpNet {
             whole if whole == network => Ok(network),
             whole => Err(format!("{text:?} has bits set beyond its prefix: did you mean {whole}?")),
         }
+    }
+}
+
+impl Parse for ServerName<'static> {
+    const PLACEHOLDER: &'static str = "NAME";
+    const EXPECTED: &'static str = "a DNS name or an IP address";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        Self::try_from(text.to_owned()).map_err(|_| not_expected::<Self>(text))
     }
 }
 

@@ -338,7 +338,7 @@ impl fmt::Display for Endpoint {
 
 impl EtcdConfig {
     /// Reads all files that are named. Nothing is contacted.
-    pub(super) fn check_files(&self) -> Result<(), EtcdError> {
+    pub(crate) fn check_files(&self) -> Result<(), EtcdError> {
         if let Some((_, file)) = &self.user {
             password(file)?;
         }

@@ -675,8 +675,8 @@ impl TestWarning {
 fn files_and_endpoints_are_checked_before() {
     let authority = Authority::new();
     let with = |url: &str| config([url.parse().unwrap()]);
-    let error = |config: &EtcdConfig| Etcd::check(config).unwrap_err().to_string();
-    Etcd::check(&with("http://etcd.example:2379")).unwrap();
+    let error = |config: &EtcdConfig| config.check_files().unwrap_err().to_string();
+    with("http://etcd.example:2379").check_files().unwrap();
     assert!(error(&with("https://etcd.example:2379")).contains("needs etcd.ca"));
 
     let (cert, key) = authority.issue("gateway");
@@ -685,7 +685,7 @@ fn files_and_endpoints_are_checked_before() {
         ..with("https://etcd.example:2379")
     };
     let ca = authority.file("ca.pem");
-    Etcd::check(&tls(&ca, &cert, &key)).unwrap();
+    tls(&ca, &cert, &key).check_files().unwrap();
     assert!(error(&tls(&key, &cert, &key)).ends_with("holds no certificate"));
     assert!(error(&tls(&ca, &cert, &cert)).ends_with("holds no private key"));
     assert!(error(&tls(&authority.file("none"), &cert, &key)).contains("cannot read"));

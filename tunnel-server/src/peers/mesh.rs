@@ -2,7 +2,7 @@
 //! far side tells, and opens streams on it for `route`. The far side of each such link is the other's [`super::door`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     sync::{
         Arc,
@@ -77,11 +77,8 @@ pub(crate) struct Mesh {
     connect_timeout: Duration,
     links: Mutex<BTreeMap<GatewayId, PeerLink>>,
     next_number: AtomicU64,
-    /// Of the first members that were known, how many have neither failed nor told what they hold; `None` before there
-    /// are members.
-    unheard: Mutex<Option<usize>>,
-    /// Members that there is no link to, now.
-    unlinked: Mutex<BTreeSet<String>>,
+    /// How it stands with each member, by its address; `None` before there are any.
+    members: Mutex<Option<BTreeMap<String, Standing>>>,
     /// Peers that have linked to this gateway, and by how many links.
     visitors: Mutex<BTreeMap<GatewayId, usize>>,
     /// What edges are told: all gateways that are known, this one among them.
@@ -96,6 +93,17 @@ struct PeerLink {
     link: LinkHandle,
     /// What it says of itself, once it has.
     about: Option<Gateway>,
+}
+
+/// How it stands with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// One of the first that were known: has neither failed nor told what it holds.
+    Unheard,
+    /// Nothing is missed of it.
+    Heard,
+    /// There is no link to it, so that it may hold what nobody here knows of.
+    Unlinked,
 }
 
 /// Why there is no link to a peer.
@@ -138,8 +146,7 @@ impl Mesh {
             connect_timeout,
             links: Mutex::default(),
             next_number: 1.into(),
-            unheard: Mutex::default(),
-            unlinked: Mutex::default(),
+            members: Mutex::default(),
             visitors: Mutex::default(),
             gateways,
             metrics,
@@ -163,15 +170,13 @@ impl Mesh {
 
     /// Whether every gateway that could be asked has told what it holds, at least once.
     pub(crate) fn has_heard(&self) -> bool {
-        let unheard = *self.unheard.lock();
-        if self.directory.wants_holdings() {
-            // A name that is looked up may stand for this very gateway alone, at first.
-            let alone = self.links.lock().is_empty() && self.unlinked.lock().is_empty();
-            unheard == Some(0) && !alone
-        } else {
+        if !self.directory.wants_holdings() {
             // Where a directory apart knows the others, there may be none.
-            self.directory.gap().is_none() && unheard.is_none_or(|unheard| unheard == 0)
+            return self.directory.gap().is_none() && self.first(Standing::Unheard).is_none();
         }
+        // A name that is looked up may stand for this very gateway alone, at first.
+        let alone = self.links.lock().is_empty() && self.first(Standing::Unlinked).is_none();
+        !self.is_unheard() && !alone
     }
 
     /// Why a node that nobody is known to hold may be held all the same, if so.
@@ -179,10 +184,10 @@ impl Mesh {
         if let Some(gap) = self.directory.gap() {
             return Some(gap.to_owned());
         }
-        if self.directory.wants_holdings() && self.unheard.lock().is_none_or(|unheard| unheard > 0) {
+        if self.directory.wants_holdings() && self.is_unheard() {
             return Some("the other gateways have not told yet which nodes they hold".to_owned());
         }
-        if let Some(address) = self.unlinked.lock().first() {
+        if let Some(address) = self.first(Standing::Unlinked) {
             return Some(format!("there is no link to the gateway at {address}, which may hold it"));
         }
         let links = self.links.lock();
@@ -191,6 +196,18 @@ impl Mesh {
         Some(format!(
             "gateway {stranger}, which may hold it, is linked to this one, but not the other way: is it in peers.gateways?"
         ))
+    }
+
+    /// Whether there are no members yet, or one of the first was not heard yet.
+    fn is_unheard(&self) -> bool {
+        self.members.lock().is_none() || self.first(Standing::Unheard).is_some()
+    }
+
+    /// The address of a member with which it stands so.
+    fn first(&self, standing: Standing) -> Option<String> {
+        let members = self.members.lock();
+        let mut found = members.iter().flatten().filter(|(_, known)| **known == standing);
+        found.next().map(|(address, _)| address.clone())
     }
 
     /// A peer has linked to this gateway, for as long as what is returned is held.
@@ -225,14 +242,14 @@ impl Mesh {
             for (member, is_listed) in &kept {
                 is_listed.send_replace(listed.contains(member));
             }
-            let is_first = !listed.is_empty() && self.unheard.lock().is_none();
-            if is_first {
-                *self.unheard.lock() = Some(listed.len());
-            }
+            let standing = if self.members.lock().is_none() { Standing::Unheard } else { Standing::Heard };
             for member in listed {
                 if kept.iter().any(|(known, _)| *known == member) {
                     continue;
                 }
+                let mut members = self.members.lock();
+                members.get_or_insert_default().insert(member.address.to_string(), standing);
+                drop(members);
                 let (sender, is_listed) = watch::channel(true);
                 let keeper = Keeper {
                     mesh: self.clone(),
@@ -241,7 +258,6 @@ impl Mesh {
                     rng: SmallRng::seed_from_u64(rng.random()),
                     is_listed,
                     stop: stop.clone(),
-                    unheard: is_first,
                     complaint: None,
                 };
                 keepers.spawn(keeper.run());
@@ -329,13 +345,6 @@ impl Mesh {
         drop(links);
         self.tell();
     }
-
-    /// One of the first members has been heard, or cannot be asked.
-    fn heard_one(&self) {
-        if let Some(unheard) = &mut *self.unheard.lock() {
-            *unheard = unheard.saturating_sub(1);
-        }
-    }
 }
 
 /// A peer's link to this gateway.
@@ -365,14 +374,14 @@ struct Keeper {
     /// While the member is not listed, it is not dialled.
     is_listed: watch::Receiver<bool>,
     stop: CancellationToken,
-    /// It is one of the first members, and has neither failed nor told what it holds.
-    unheard: bool,
     complaint: Option<(String, Instant)>,
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.mesh.unlinked.lock().remove(&self.member.address.to_string());
+        if let Some(members) = &mut *self.mesh.members.lock() {
+            members.remove(&self.member.address.to_string());
+        }
     }
 }
 
@@ -386,31 +395,29 @@ impl Keeper {
             match attempt {
                 Ok((link, gateway, number)) => {
                     self.complaint = None;
-                    self.linked(true);
+                    self.is_linked();
                     let up_since = Instant::now();
                     self.hold(link, &gateway, number).await;
                     if up_since.elapsed() >= SHORT_LIVED {
                         pause = FIRST_PAUSE;
                     }
-                    self.linked(false);
+                    self.stands(Standing::Unlinked);
                 }
                 Err(PeerError::Own) => {
                     debug!(address = %self.member.address, "this is the address of this very gateway");
-                    self.has_heard();
+                    self.stands(Standing::Heard);
                     return self.unlisted().await;
                 }
                 Err(error @ PeerError::Twice(_)) => {
                     self.complain(&error);
-                    self.linked(true);
-                    self.has_heard();
+                    self.stands(Standing::Heard);
                     if let PeerError::Twice(gateway) = error {
                         self.other_link_ended(&gateway).await;
                     }
                 }
                 Err(error) => {
                     self.complain(&error);
-                    self.linked(false);
-                    self.has_heard();
+                    self.stands(Standing::Unlinked);
                 }
             }
             self.pause(&mut pause).await;
@@ -450,14 +457,18 @@ impl Keeper {
         }
     }
 
-    /// Whether the member is linked now: if not, it may hold what nobody knows of.
-    fn linked(&self, is_linked: bool) {
-        let address = self.member.address.to_string();
-        let mut unlinked = self.mesh.unlinked.lock();
-        if is_linked {
-            unlinked.remove(&address);
-        } else {
-            unlinked.insert(address);
+    fn stands(&self, standing: Standing) {
+        if let Some(members) = &mut *self.mesh.members.lock() {
+            members.insert(self.member.address.to_string(), standing);
+        }
+    }
+
+    /// Nothing more is missed of a member that was linked before; one of the first is still to tell what it holds.
+    fn is_linked(&self) {
+        let mut members = self.mesh.members.lock();
+        let standing = members.as_mut().and_then(|members| members.get_mut(&self.member.address.to_string()));
+        if let Some(standing @ Standing::Unlinked) = standing {
+            *standing = Standing::Heard;
         }
     }
 
@@ -500,7 +511,7 @@ impl Keeper {
         info!(%gateway, address = %self.member.address, "linked to a peer");
         mesh.tell();
         if !mesh.directory.wants_holdings() {
-            self.has_heard();
+            self.stands(Standing::Heard);
         }
         let (mut told_to_close, mut incomplete) = (false, false);
         let end: LinkError = loop {
@@ -517,7 +528,7 @@ impl Keeper {
                             warn!(%gateway, cause = %untold, "the peer's word cannot be taken; making a new link");
                             handle.close(&untold.to_string());
                         } else if is_whole {
-                            self.has_heard();
+                            self.stands(Standing::Heard);
                         }
                     }
                     LinkEvent::Gateway(about) => mesh.introduced(gateway, number, about),
@@ -536,12 +547,6 @@ impl Keeper {
             info!(%gateway, cause = %end, up_ms, "link to a peer closed");
         } else {
             warn!(%gateway, address = %self.member.address, cause = %end, up_ms, "link to a peer lost");
-        }
-    }
-
-    fn has_heard(&mut self) {
-        if std::mem::take(&mut self.unheard) {
-            self.mesh.heard_one();
         }
     }
 

@@ -25,6 +25,8 @@ mod mux;
 #[cfg(feature = "io")]
 mod relay;
 #[cfg(feature = "io")]
+pub mod socket;
+#[cfg(feature = "io")]
 mod stream;
 #[cfg(feature = "io")]
 pub mod tls;
@@ -38,6 +40,6 @@ pub use {
     link::{
         ConnectError, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenError, OpenRequest, PendingLink,
     },
-    relay::{Leg, RelayEnd, Relayed, relay},
+    relay::{Arrived, Leg, RelayEnd, Relayed, relay},
     stream::{HeaderError, Incoming, PendingStream, TunnelStream},
 };

@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
 use crate::{
-    mux::{LastHeard, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed, Side},
+    mux::{Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed, Side},
     proto::{
         clean_text,
         control::{Control, ControlError, Event, Rtt},
@@ -137,7 +137,7 @@ impl From<MuxError> for LinkError {
                 Self::TlsRefused(crate::tls::explain(&error))
             }
             MuxError::Io(error) => Self::Broken(crate::tls::explain(&error)),
-            MuxError::Protocol(text) => Self::Protocol(text),
+            MuxError::Protocol(error) => Self::Protocol(error.to_string()),
         }
     }
 }
@@ -272,6 +272,10 @@ impl LinkHandle {
             let mux = shared.mux.open().await.map_err(|failed| match failed {
                 OpenFailed::Ended => OpenError::LinkLost(self.end_reason()),
                 OpenFailed::TooMany => overloaded(),
+                OpenFailed::NoNumbers => {
+                    self.close("all numbers of streams have been used");
+                    OpenError::Draining
+                }
             })?;
             let open = Open {
                 stream: shared.next_number.fetch_add(2, Relaxed),
@@ -389,7 +393,7 @@ impl LinkHandle {
 #[derive(Debug)]
 pub struct Link {
     handle: LinkHandle,
-    inbound: mpsc::Receiver<MuxStream>,
+    inbound: Inbound,
     events: mpsc::Receiver<LinkEvent>,
     control: AbortOnDropHandle<LinkError>,
     accept_streams: bool,
@@ -433,7 +437,7 @@ impl Link {
         let now = Instant::now();
         let control = Control::acceptor(now.into_std(), config.handshake_timeout);
         let mut mux = Mux::start(io, Side::Acceptor, config.mux());
-        let first = tokio::time::timeout_at(now + config.handshake_timeout, mux.inbound.recv()).await;
+        let first = tokio::time::timeout_at(now + config.handshake_timeout, mux.inbound.next()).await;
         let stream = match first {
             Ok(Some(stream)) => stream,
             Ok(None) => return Err(mux_end(mux.task).await),
@@ -489,7 +493,7 @@ impl Link {
             let mut stream = tokio::select! {
                 biased;
                 Some(event) = self.events.recv() => return event,
-                Some(stream) = self.inbound.recv() => stream,
+                Some(stream) = self.inbound.next() => stream,
                 end = &mut self.control => {
                     let panicked = |_| LinkError::Broken("the link's task was stopped".to_owned());
                     return LinkEvent::Closed(end.unwrap_or_else(panicked));
@@ -545,7 +549,7 @@ impl PendingLink {
         self.channel.fill(None);
         let farewell = async {
             let _ = self.channel.writer.write_all_buf(&mut self.channel.out).await;
-            self.mux.handle.close().await;
+            self.mux.handle.close();
             let _ = (&mut self.mux.task).await;
         };
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, farewell).await;

@@ -1,13 +1,14 @@
-//! The multiplexer under a link. The only file that knows yamux; an engine of our own can take its place.
+//! The multiplexer under a link: the session of [`crate::proto::yamux`], put between a connection and its users.
 //!
-//! One task owns the yamux connection and polls it all the time, as the crate demands. Streams are opened through a
-//! [`MuxHandle`]; inbound ones arrive on a channel. Between yamux and TLS stands [`Coalesce`], which joins the header
-//! and the body of a frame into one write, and so into one TLS record, and notes when bytes were last heard.
+//! One task owns the connection: it writes what the session gives and hands it what comes. Streams speak with the
+//! session directly, under its lock, which nobody holds longer than it takes to copy a buffer; so bytes cross no channel.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
-    future::Future,
-    io,
+    fmt,
+    future::{Future, poll_fn},
+    io::{self, IoSlice},
     pin::Pin,
     sync::{
         Arc,
@@ -17,36 +18,31 @@ use std::{
     time::Duration,
 };
 
+use bytes::Buf;
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{mpsc, oneshot},
     time::Instant,
 };
-use tokio_util::{
-    compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt},
-    task::AbortOnDropHandle,
-};
+use tokio_util::{io::poll_write_buf, task::AbortOnDropHandle};
 
-/// Most plaintext that fits one TLS record (RFC 8446, section 5.1).
-const TLS_RECORD: usize = 16 * 1024;
-/// Header of a yamux frame.
-const FRAME_HEADER: usize = 12;
-/// Largest body of a data frame: with its header it fills one TLS record.
-const FRAME_BODY: usize = TLS_RECORD - FRAME_HEADER;
-/// Room for joining frames before they are handed to TLS.
-const COALESCE: usize = 4 * TLS_RECORD;
+use crate::proto::yamux::{self, Batch, Place, Session};
+
+pub(crate) use crate::proto::yamux::OpenFailed;
+
+/// Bytes handed to TLS at once: four full records, which leave in one system call.
+const WRITE_BATCH: usize = 64 * 1024;
+/// Bytes read at once.
+const READ_BUFFER: usize = 64 * 1024;
+/// Bytes that a stream takes from the session at once, and so the most that it holds beyond its window.
+const READ_AHEAD: usize = 64 * 1024;
+/// Writes and reads in one turn of the task, before others have theirs.
+const TURNS: usize = 16;
 /// yamux gives every stream this much receive window at least.
-pub(crate) const STREAM_WINDOW: usize = 256 * 1024;
-/// yamux ends the whole connection when a peer has more streams than allowed, and counts a stream until its last
-/// frame is written. Streams are refused one by one far below that, at the configured maximum.
-const STREAM_HEADROOM: usize = 4;
-/// Requests for new streams that may wait for the connection's task.
-const OPENS_WAITING: usize = 64;
-
-/// A multiplexed stream. Its end of file means only that no more bytes will come: see [`crate::proto::ends`].
-///
-/// Boxed, since a channel of them has room for 32 from its beginning, and every idle link has such a channel.
-pub(crate) type MuxStream = Box<Compat<yamux::Stream>>;
+pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
+/// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last
+/// bytes have not left yet, count too: up to as many as this for each of the maximum, and some more.
+const STREAM_HEADROOM: (usize, usize) = (2, 64);
 
 /// Which side of the link this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +61,13 @@ pub(crate) struct MuxConfig {
     pub(crate) window_budget: usize,
 }
 
+impl MuxConfig {
+    fn session(self) -> yamux::Config {
+        let (each, more) = STREAM_HEADROOM;
+        yamux::Config { max_streams: self.max_streams * each + more, window_budget: self.window_budget }
+    }
+}
+
 /// Why the connection ended.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum MuxError {
@@ -73,47 +76,102 @@ pub(crate) enum MuxError {
     #[error("{0}")]
     Io(Arc<io::Error>),
     #[error("not the multiplexer's protocol: {0}")]
-    Protocol(String),
+    Protocol(yamux::Error),
 }
 
-enum Command {
-    Open(oneshot::Sender<Result<MuxStream, OpenFailed>>),
-    Close,
+impl From<yamux::Error> for MuxError {
+    fn from(error: yamux::Error) -> Self {
+        match error {
+            yamux::Error::ClosedByPeer => Self::ClosedByPeer,
+            other => Self::Protocol(other),
+        }
+    }
 }
 
-/// Why a stream could not be opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum OpenFailed {
-    /// The connection has ended.
-    Ended,
-    /// It holds as many streams as it can.
-    TooMany,
+impl From<io::Error> for MuxError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(Arc::new(error))
+    }
+}
+
+/// The session, and the way to it.
+#[derive(Debug)]
+struct Shared(Mutex<Session>);
+
+impl Shared {
+    /// Does something with the session, then wakes whoever has to know, without the lock.
+    fn with<R>(&self, act: impl FnOnce(&mut Session, std::time::Instant) -> R) -> R {
+        let now = Instant::now().into_std();
+        let mut session = self.0.lock();
+        let result = act(&mut session, now);
+        let wakes = session.take_wakes();
+        drop(session);
+        for waker in wakes {
+            waker.wake();
+        }
+        result
+    }
 }
 
 /// Opens streams. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct MuxHandle {
-    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
 }
 
 impl MuxHandle {
-    /// Cancel-safe: an open that nobody waits for any more leaves nothing behind.
+    /// Cancel-safe: nothing is begun before it returns.
     pub(crate) async fn open(&self) -> Result<MuxStream, OpenFailed> {
-        let (reply, opened) = oneshot::channel();
-        self.commands.send(Command::Open(reply)).await.map_err(|_| OpenFailed::Ended)?;
-        opened.await.map_err(|_| OpenFailed::Ended)?
+        let mut opening = Opening { shared: &self.shared, place: None };
+        let number = poll_fn(|cx| opening.poll(cx)).await?;
+        Ok(MuxStream::new(self.shared.clone(), number))
     }
 
     /// Asks for an orderly end: what is queued is sent, then the connection is closed.
-    pub(crate) async fn close(&self) {
-        let _ = self.commands.send(Command::Close).await;
+    pub(crate) fn close(&self) {
+        self.shared.with(|session, _| session.close());
+    }
+}
+
+/// Waits to open a stream, and gives its place to the next if it is dropped.
+struct Opening<'a> {
+    shared: &'a Shared,
+    place: Option<Place>,
+}
+
+impl Opening<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<u32, OpenFailed>> {
+        let place = &mut self.place;
+        self.shared.with(|session, now| session.poll_open(place, cx, now))
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.shared.with(|session, _| session.leave(place));
+        }
+    }
+}
+
+/// Streams that the far side opens.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    shared: Arc<Shared>,
+}
+
+impl Inbound {
+    /// The next one; `None` once the connection has ended. Cancel-safe. For one caller at a time.
+    pub(crate) async fn next(&mut self) -> Option<MuxStream> {
+        let number = poll_fn(|cx| self.shared.with(|session, _| session.poll_accept(cx))).await?;
+        Some(MuxStream::new(self.shared.clone(), number))
     }
 }
 
 /// A running multiplexer. Dropping `task` ends the connection at once.
 pub(crate) struct Mux {
     pub(crate) handle: MuxHandle,
-    pub(crate) inbound: mpsc::Receiver<MuxStream>,
+    pub(crate) inbound: Inbound,
     pub(crate) task: AbortOnDropHandle<Result<(), MuxError>>,
     pub(crate) heard: Arc<LastHeard>,
 }
@@ -123,107 +181,237 @@ impl Mux {
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let mode = match side {
-            Side::Dialer => yamux::Mode::Client,
-            Side::Acceptor => yamux::Mode::Server,
-        };
         let heard = Arc::new(LastHeard::now());
-        let io = Coalesce::new(io, heard.clone()).compat();
-        let connection = yamux::Connection::new(io, yamux_config(config), mode);
-        let (commands, received) = mpsc::channel(OPENS_WAITING);
-        let (accepted, inbound) = mpsc::channel(config.max_streams + 1);
-        let driver =
-            Driver { connection, commands: received, opens: VecDeque::new(), accepted, closing: false };
+        let shared = Arc::new(Shared(Mutex::new(Session::new(side == Side::Dialer, config.session()))));
+        let driver = Driver {
+            io,
+            shared: shared.clone(),
+            batch: Batch::default(),
+            closing: false,
+            heard: heard.clone(),
+        };
         let task = AbortOnDropHandle::new(tokio::spawn(driver));
-        Self { handle: MuxHandle { commands }, inbound, task, heard }
+        Self { handle: MuxHandle { shared: shared.clone() }, inbound: Inbound { shared }, task, heard }
     }
-}
-
-fn yamux_config(config: MuxConfig) -> yamux::Config {
-    let max_streams = config.max_streams * STREAM_HEADROOM + OPENS_WAITING;
-    let mut yamux = yamux::Config::default();
-    // In this order: the crate asserts at each step that every stream can have its window.
-    yamux.set_max_connection_receive_window(None);
-    yamux.set_max_num_streams(max_streams);
-    yamux.set_max_connection_receive_window(Some(max_streams * STREAM_WINDOW + config.window_budget));
-    yamux.set_split_send_size(FRAME_BODY);
-    yamux
 }
 
 /// The task that owns the connection.
 struct Driver<T> {
-    connection: yamux::Connection<T>,
-    commands: mpsc::Receiver<Command>,
-    opens: VecDeque<oneshot::Sender<Result<MuxStream, OpenFailed>>>,
-    accepted: mpsc::Sender<MuxStream>,
+    io: T,
+    shared: Arc<Shared>,
+    /// What is being written.
+    batch: Batch,
+    /// The last frame is in the batch, or has left.
     closing: bool,
+    heard: Arc<LastHeard>,
+}
+
+impl<T> Drop for Driver<T> {
+    fn drop(&mut self) {
+        self.shared.with(|session, _| session.end());
+    }
 }
 
 /// A future by hand: an `async fn` that takes `self` has room for it twice, and every link has one.
-impl<T> Future for Driver<T>
-where
-    T: futures_util::AsyncRead + futures_util::AsyncWrite + Send + Unpin + 'static,
-{
+impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
     type Output = Result<(), MuxError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
-        loop {
-            self.poll_commands(cx);
-            if self.closing {
-                return self.connection.poll_close(cx).map_err(into_error);
+        let this = &mut *self;
+        for _ in 0..TURNS {
+            let write = this.poll_write_out(cx)?;
+            if this.closing {
+                ready!(write);
+                return Pin::new(&mut this.io).poll_shutdown(cx).map_err(MuxError::from);
             }
-            self.poll_opens(cx);
-            match ready!(self.connection.poll_next_inbound(cx)) {
-                // A full channel means that the peer opens faster than this side refuses: dropping resets the stream.
-                Some(Ok(stream)) => drop(self.accepted.try_send(Box::new(stream.compat()))),
-                Some(Err(error)) => return Poll::Ready(Err(into_error(error))),
-                None => return Poll::Ready(Err(MuxError::ClosedByPeer)),
+            // Read even if the far side takes nothing: what comes may be the window that it is waiting for us to see.
+            let read = this.poll_read_in(cx)?;
+            if write.is_pending() && read.is_pending() {
+                return Poll::Pending;
             }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
+    /// Writes what the session has to send. Pending when there is nothing, or the connection takes no more.
+    fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
+        // What TLS still holds goes first: whatever joined it would fill no record. And the later the session is
+        // asked, the better it knows what is urgent.
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        if !self.batch.has_remaining() && !self.closing {
+            let batch = &mut self.batch;
+            self.closing = self.shared.with(|session, now| {
+                session.transmit(batch, WRITE_BATCH, cx, now);
+                session.is_closed()
+            });
+            if !self.batch.has_remaining() {
+                return Poll::Pending;
+            }
+        }
+        while self.batch.has_remaining() {
+            if ready!(poll_write_buf(Pin::new(&mut self.io), cx, &mut self.batch))? == 0 {
+                return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into()));
+            }
+        }
+        if self.closing {
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads once, if there is something.
+    fn poll_read_in(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
+        BUFFER.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Err(MuxError::ClosedByPeer));
+            }
+            self.heard.note();
+            let received = self.shared.with(|session, now| session.receive(buffer.filled(), now));
+            if let Err(error @ (yamux::Error::Header(_) | yamux::Error::Violation { .. })) = &received {
+                self.complain(cx, error);
+            }
+            Poll::Ready(received.map_err(MuxError::from))
+        })
+    }
+
+    /// Tells the far side that it broke the protocol, if that can be said at once.
+    fn complain(&mut self, cx: &mut Context<'_>, error: &yamux::Error) {
+        tracing::debug!(%error, "the far side broke the multiplexer's protocol");
+        if !self.batch.has_remaining() {
+            let _ = Pin::new(&mut self.io).poll_write(cx, &yamux::PROTOCOL_ERROR);
+            let _ = Pin::new(&mut self.io).poll_flush(cx);
         }
     }
 }
 
-impl<T> Driver<T>
-where
-    T: futures_util::AsyncRead + futures_util::AsyncWrite + Send + Unpin + 'static,
-{
-    /// Takes commands while there is room, so that the channel's bound holds.
-    fn poll_commands(&mut self, cx: &mut Context<'_>) {
-        while self.opens.len() < OPENS_WAITING {
-            match self.commands.poll_recv(cx) {
-                Poll::Ready(Some(Command::Open(reply))) => self.opens.push_back(reply),
-                Poll::Ready(Some(Command::Close)) => self.closing = true,
-                Poll::Ready(None) | Poll::Pending => break,
-            }
-        }
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BUFFER]);
+}
+
+/// A multiplexed stream. Its end of file means only that no more bytes will come: see [`crate::proto::ends`].
+/// Dropping it resets the stream, unless it was shut down.
+pub(crate) struct MuxStream {
+    shared: Arc<Shared>,
+    number: u32,
+    /// What has arrived.
+    segments: VecDeque<Vec<u8>>,
+    /// How much of the first segment was read.
+    read: usize,
+}
+
+impl MuxStream {
+    fn new(shared: Arc<Shared>, number: u32) -> Self {
+        Self { shared, number, segments: VecDeque::new(), read: 0 }
     }
 
-    fn poll_opens(&mut self, cx: &mut Context<'_>) {
-        while let Some(reply) = self.opens.pop_front() {
-            if reply.is_closed() {
-                continue;
-            }
-            match self.connection.poll_new_outbound(cx) {
-                Poll::Ready(Ok(stream)) => drop(reply.send(Ok(Box::new(stream.compat())))),
-                Poll::Ready(Err(yamux::ConnectionError::TooManyStreams)) => {
-                    drop(reply.send(Err(OpenFailed::TooMany)));
-                }
-                Poll::Ready(Err(_)) => drop(reply.send(Err(OpenFailed::Ended))),
-                Poll::Pending => {
-                    self.opens.push_front(reply);
-                    return;
-                }
-            }
+    /// Waits until bytes have arrived: whether some have. `false` at the end of file.
+    pub(crate) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if self.segments.is_empty() {
+            let (segments, number) = (&mut self.segments, self.number);
+            ready!(
+                self.shared.with(|session, now| { session.poll_read(number, cx, segments, READ_AHEAD, now) })
+            );
+        }
+        Poll::Ready(!self.segments.is_empty())
+    }
+
+    /// The bytes that have arrived, in as many pieces as there is room for: how many those are.
+    pub(crate) fn arrived<'a>(&'a self, pieces: &mut [IoSlice<'a>]) -> usize {
+        let mut count = 0;
+        for (piece, segment) in pieces.iter_mut().zip(&self.segments) {
+            *piece = IoSlice::new(if count == 0 { &segment[self.read..] } else { segment });
+            count += 1;
+        }
+        count
+    }
+
+    /// So many of the bytes that have arrived were read.
+    pub(crate) fn consume(&mut self, bytes: usize) {
+        self.read += bytes;
+        while let Some(first) = self.segments.front()
+            && self.read >= first.len()
+        {
+            self.read -= first.len();
+            self.segments.pop_front();
+        }
+        if self.segments.is_empty() {
+            self.segments = VecDeque::new();
         }
     }
 }
 
-fn into_error(error: yamux::ConnectionError) -> MuxError {
-    match error {
-        yamux::ConnectionError::Closed => MuxError::ClosedByPeer,
-        yamux::ConnectionError::Io(error)
-        | yamux::ConnectionError::Decode(yamux::FrameDecodeError::Io(error)) => MuxError::Io(Arc::new(error)),
-        other => MuxError::Protocol(other.to_string()),
+impl fmt::Debug for MuxStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MuxStream").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl Drop for MuxStream {
+    fn drop(&mut self) {
+        self.shared.with(|session, _| session.discard(self.number));
+    }
+}
+
+impl AsyncRead for MuxStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if ready!(self.poll_ready(cx)) {
+            let mut piece = [IoSlice::new(&[])];
+            self.arrived(&mut piece);
+            let taken = piece[0].len().min(buf.remaining());
+            buf.put_slice(&piece[0][..taken]);
+            self.consume(taken);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for MuxStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut written = 0;
+        let mut write = |session: &mut Session| {
+            for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+                match session.poll_write(self.number, cx, piece) {
+                    Poll::Ready(Ok(taken)) => written += taken,
+                    // Told at the next call: what was taken so far counts.
+                    _ if written > 0 => break,
+                    other => return other,
+                }
+            }
+            Poll::Ready(Ok(written))
+        };
+        let written = self.shared.with(|session, _| write(session));
+        written.map_err(|ended| io::Error::new(io::ErrorKind::BrokenPipe, ended))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// The multiplexer's task sends what there is without being asked.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.with(|session, _| session.finish(self.number));
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -249,74 +437,6 @@ impl LastHeard {
     }
 }
 
-/// Joins small writes until they are flushed or fill the buffer. yamux flushes after each frame, so a frame's header
-/// and body leave together and nothing waits for more to come.
-struct Coalesce<T> {
-    io: T,
-    buffer: Vec<u8>,
-    written: usize,
-    heard: Arc<LastHeard>,
-}
-
-impl<T: AsyncWrite + Unpin> Coalesce<T> {
-    fn new(io: T, heard: Arc<LastHeard>) -> Self {
-        Self { io, buffer: Vec::new(), written: 0, heard }
-    }
-
-    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.written < self.buffer.len() {
-            match ready!(Pin::new(&mut self.io).poll_write(cx, &self.buffer[self.written..]))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => self.written += n,
-            }
-        }
-        // Freed rather than kept: most links are idle most of the time, and there are many.
-        self.buffer = Vec::new();
-        self.written = 0;
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<T: AsyncWrite + Unpin> AsyncWrite for Coalesce<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        if this.buffer.len() + bytes.len() > COALESCE {
-            ready!(this.poll_drain(cx))?;
-        }
-        let taken = bytes.len().min(COALESCE);
-        if this.buffer.capacity() == 0 {
-            this.buffer.reserve_exact(TLS_RECORD);
-        }
-        this.buffer.extend_from_slice(&bytes[..taken]);
-        Poll::Ready(Ok(taken))
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_drain(cx))?;
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_drain(cx))?;
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
-impl<T: AsyncRead + Unpin> AsyncRead for Coalesce<T> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
-            self.heard.note();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,55 +444,46 @@ mod tests {
 
     const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0 };
 
-    /// Records each write that reaches it.
-    struct Writes(Vec<Vec<u8>>);
-
-    impl AsyncWrite for Writes {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            bytes: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            self.0.push(bytes.to_vec());
-            Poll::Ready(Ok(bytes.len()))
-        }
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    #[tokio::test]
-    async fn a_frame_fills_exactly_one_record() {
-        let mut writer = Coalesce::new(Writes(Vec::new()), Arc::new(LastHeard::now()));
-        for _ in 0..3 {
-            writer.write_all(&[1; FRAME_HEADER]).await.unwrap();
-            writer.write_all(&[2; FRAME_BODY]).await.unwrap();
-            writer.flush().await.unwrap();
-        }
-        let lengths: Vec<usize> = writer.io.0.iter().map(Vec::len).collect();
-        assert_eq!(lengths, [TLS_RECORD; 3]);
-    }
-
     #[tokio::test]
     async fn more_streams_than_allowed_are_reset_one_by_one() {
         let (near, far) = tokio::io::duplex(1 << 20);
         let dialer = Mux::start(near, Side::Dialer, MuxConfig { max_streams: 64, ..CONFIG });
         let mut acceptor = Mux::start(far, Side::Acceptor, CONFIG);
         let mut streams = Vec::new();
-        for _ in 0..12 {
+        for _ in 0..80 {
             let mut stream = dialer.handle.open().await.unwrap();
             stream.write_all(b"x").await.unwrap();
             streams.push(stream);
         }
-        // The channel holds five; the others are gone, and the connection is not.
+        // Of 80, 72 have room; the others are gone, and the connection is not.
         let mut last = streams.pop().unwrap();
         assert_eq!(last.read(&mut [0; 1]).await.unwrap(), 0);
-        let mut first = acceptor.inbound.recv().await.unwrap();
+        let mut first = acceptor.inbound.next().await.unwrap();
         assert_eq!(first.read(&mut [0; 1]).await.unwrap(), 1);
         assert!(!acceptor.task.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn both_sides_may_close_at_once_while_much_is_under_way() {
+        // Whether both are stopped in the middle of their last words depends on what is under way to the byte.
+        for (one, other) in (0..32).flat_map(|one| (0..32).map(move |other| (one, other))) {
+            let (near, far) = tokio::io::duplex(32);
+            let sides = [Mux::start(near, Side::Dialer, CONFIG), Mux::start(far, Side::Acceptor, CONFIG)];
+            let mut streams = Vec::new();
+            for (mux, more) in sides.iter().zip([one, other]) {
+                let mut stream = mux.handle.open().await.unwrap();
+                stream.write_all(&vec![7; 100 + more]).await.unwrap();
+                streams.push(stream);
+                mux.handle.close();
+            }
+            for mux in sides {
+                let ended = tokio::time::timeout(Duration::from_secs(5), mux.task).await;
+                let ended = ended.unwrap_or_else(|_| panic!("each waits for the other: {one}, {other}"));
+                // The side that is later may be in the middle of a write.
+                let ended = ended.unwrap();
+                assert!(matches!(ended, Ok(()) | Err(MuxError::ClosedByPeer | MuxError::Io(_))), "{ended:?}");
+            }
+        }
     }
 
     #[tokio::test]
@@ -384,3 +495,6 @@ mod tests {
         assert!(matches!(error, MuxError::Protocol(_)), "{error}");
     }
 }
+
+#[cfg(test)]
+mod interop;

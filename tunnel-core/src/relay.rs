@@ -1,12 +1,13 @@
 //! Two byte streams joined: half-close is carried as half-close, anything abnormal as a reset of the other side.
 //!
-//! Buffers are borrowed, not owned: both directions read into a scratch buffer of the thread, and only what the
-//! far side does not take at once is kept. An idle relay holds no buffer at all.
+//! Buffers are borrowed, not owned. What a leg has in memory already is handed on from where it is ([`Arrived`]);
+//! anything else is read into a scratch buffer of the thread, and only what the far side does not take at once is kept.
+//! An idle relay holds no buffer at all. As much as there is leaves in one write, so that it fills records and frames.
 
 use std::{
     cell::RefCell,
     future::poll_fn,
-    io,
+    io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -14,7 +15,7 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
     time::{Instant, Sleep, sleep},
 };
@@ -26,6 +27,8 @@ use crate::{
 
 /// Bytes read at once, and so the most that one direction keeps for a slow receiver.
 const SCRATCH: usize = 64 * 1024;
+/// Pieces in memory that are handed on at once.
+const PIECES: usize = 16;
 /// Reads of one direction before others get their turn.
 const TURNS: usize = 16;
 /// While a side is not read, because it has ended or because the other side takes nothing, how often it is asked whether
@@ -34,6 +37,19 @@ const ASK_PERIOD: Duration = Duration::from_secs(5);
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
+}
+
+/// Bytes that have arrived and lie in memory, to be handed on without a copy.
+pub trait Arrived {
+    /// Waits until there are some; gives as many pieces of them as there is room for. None at the end of file.
+    fn poll_arrived<'a>(
+        &'a mut self,
+        cx: &mut Context<'_>,
+        pieces: &mut [IoSlice<'a>],
+    ) -> Poll<io::Result<usize>>;
+
+    /// So many of the bytes were handed on.
+    fn consume(&mut self, bytes: usize);
 }
 
 /// One side of a relay: a byte stream that can end in two ways.
@@ -51,6 +67,11 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
 
     /// A failure that the operating system knows of, asked for while nobody reads: a reset of the far side.
     fn failure(&self) -> Option<io::Error> {
+        None
+    }
+
+    /// What has arrived, if this leg has it in memory before it is read.
+    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
         None
     }
 }
@@ -98,11 +119,38 @@ impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
     fn failure(&self) -> Option<io::Error> {
         self.get_ref().0.failure()
     }
+
+    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
+        Some(self)
+    }
+}
+
+impl<T: Leg> Arrived for tokio_rustls::server::TlsStream<T> {
+    fn poll_arrived<'a>(
+        &'a mut self,
+        cx: &mut Context<'_>,
+        pieces: &mut [IoSlice<'a>],
+    ) -> Poll<io::Result<usize>> {
+        let plaintext = ready!(Pin::new(self).poll_fill_buf(cx))?;
+        match pieces {
+            [first, ..] if !plaintext.is_empty() => *first = IoSlice::new(plaintext),
+            _ => return Poll::Ready(Ok(0)),
+        }
+        Poll::Ready(Ok(1))
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        AsyncBufRead::consume(Pin::new(self), bytes);
+    }
 }
 
 impl Leg for TunnelStream {
     fn abort(&mut self, reason: &Aborted) {
         Self::abort(self, reason.clone());
+    }
+
+    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
+        Some(self)
     }
 }
 
@@ -121,6 +169,10 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
 
     fn failure(&self) -> Option<io::Error> {
         (**self).failure()
+    }
+
+    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
+        (**self).arrived()
     }
 }
 
@@ -268,16 +320,28 @@ struct Direction {
     /// What the receiver has not taken yet.
     kept: Vec<u8>,
     taken: usize,
-    eof: bool,
-    done: bool,
+    /// The receiver takes nothing now of what lies in the sender's memory.
+    blocked: bool,
     unflushed: bool,
+    end: End,
     carried: u64,
+}
+
+/// How far a direction has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum End {
+    #[default]
+    Open,
+    /// The sender has said all.
+    Eof,
+    /// The receiver knows.
+    Done,
 }
 
 impl Direction {
     /// Whether its sender is not read now, so that its failure would go unseen.
     fn is_deaf(&self) -> bool {
-        self.eof || !self.kept.is_empty()
+        self.end != End::Open || self.blocked || !self.kept.is_empty()
     }
 
     fn poll(
@@ -286,17 +350,21 @@ impl Direction {
         from: &mut impl Leg,
         to: &mut impl Leg,
     ) -> Poll<Result<(), Failure>> {
-        if self.done {
+        if self.end == End::Done {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..TURNS {
             ready!(self.poll_kept(cx, to)).map_err(Failure::Write)?;
-            if self.eof {
+            if self.end == End::Eof {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Failure::Write)?;
-                self.done = true;
+                self.end = End::Done;
                 return Poll::Ready(Ok(()));
             }
-            if self.poll_pass(cx, from, to)?.is_pending() {
+            let passed = match from.arrived() {
+                Some(arrived) => self.poll_hand_on(cx, arrived, to)?,
+                None => self.poll_copy(cx, from, to)?,
+            };
+            if passed.is_pending() {
                 // Nothing more to read for now: what is buffered in the receiver must not wait for it.
                 if std::mem::take(&mut self.unflushed) {
                     self.unflushed = Pin::new(&mut *to).poll_flush(cx).map_err(Failure::Write)?.is_pending();
@@ -322,8 +390,38 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once and hands on as much as is taken at once; the rest is kept.
-    fn poll_pass(
+    /// Hands on what lies in the sender's memory, as much as is taken.
+    fn poll_hand_on(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut dyn Arrived,
+        to: &mut impl Leg,
+    ) -> Result<Poll<()>, Failure> {
+        let mut pieces = [IoSlice::new(&[]); PIECES];
+        let count = match from.poll_arrived(cx, &mut pieces) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(count) => count.map_err(Failure::Read)?,
+        };
+        if count == 0 {
+            self.end = End::Eof;
+            return Ok(Poll::Ready(()));
+        }
+        self.unflushed = true;
+        let written = Pin::new(&mut *to).poll_write_vectored(cx, &pieces[..count]).map_err(Failure::Write)?;
+        self.blocked = written.is_pending();
+        match written {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(0) => return Err(Failure::Write(io::ErrorKind::WriteZero.into())),
+            Poll::Ready(written) => {
+                self.carried += written as u64;
+                from.consume(written);
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Reads what there is, as far as the scratch buffer goes, and hands on what is taken at once; the rest is kept.
+    fn poll_copy(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut impl Leg,
@@ -331,14 +429,18 @@ impl Direction {
     ) -> Result<Poll<()>, Failure> {
         BUFFER.with_borrow_mut(|scratch| {
             let mut buffer = ReadBuf::new(scratch);
-            match Pin::new(from).poll_read(cx, &mut buffer) {
-                Poll::Pending => return Ok(Poll::Pending),
-                Poll::Ready(read) => read.map_err(Failure::Read)?,
+            while buffer.remaining() > 0 && self.end == End::Open {
+                let before = buffer.filled().len();
+                match Pin::new(&mut *from).poll_read(cx, &mut buffer).map_err(Failure::Read)? {
+                    Poll::Pending if before == 0 => return Ok(Poll::Pending),
+                    Poll::Pending => break,
+                    Poll::Ready(()) if buffer.filled().len() == before => self.end = End::Eof,
+                    Poll::Ready(()) => {}
+                }
             }
             let mut rest = buffer.filled();
-            self.eof = rest.is_empty();
             self.carried += rest.len() as u64;
-            self.unflushed |= !self.eof;
+            self.unflushed |= !rest.is_empty();
             while !rest.is_empty() {
                 match Pin::new(&mut *to).poll_write(cx, rest).map_err(Failure::Write)? {
                     Poll::Ready(0) => return Err(Failure::Write(io::ErrorKind::WriteZero.into())),

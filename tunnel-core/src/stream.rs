@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque, btree_map},
-    io,
+    io::{self, IoSlice},
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
@@ -34,6 +34,7 @@ use crate::{
             open_reply,
         },
     },
+    relay::Arrived,
 };
 
 /// First buffer for a stream's header: most headers fit.
@@ -275,50 +276,73 @@ impl TunnelStream {
     }
 }
 
+impl Arrived for TunnelStream {
+    fn poll_arrived<'a>(
+        &'a mut self,
+        cx: &mut Context<'_>,
+        pieces: &mut [IoSlice<'a>],
+    ) -> Poll<io::Result<usize>> {
+        // Before the look, so that an abort right behind it wakes.
+        self.seat.entry.reader.register(cx.waker());
+        if let Some(error) = self.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        if let ([first, ..], false) = (&mut *pieces, self.early.is_empty()) {
+            *first = IoSlice::new(&self.early);
+            return Poll::Ready(Ok(1));
+        }
+        // The borrow checker does not see that the pieces live on only if there are some.
+        if ready!(self.mux.poll_ready(cx)) {
+            return Poll::Ready(Ok(self.mux.arrived(pieces)));
+        }
+        self.seat.entry.ends.lock().eof();
+        self.poll_verdict(cx).map_ok(|()| 0)
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        if self.early.is_empty() {
+            self.mux.consume(bytes);
+        } else {
+            self.early.advance(bytes);
+        }
+        self.seat.entry.ends.lock().received(bytes);
+    }
+}
+
 impl AsyncRead for TunnelStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        // Before the look, so that an abort right behind it wakes.
-        this.seat.entry.reader.register(cx.waker());
-        if let Some(error) = this.aborted() {
-            return Poll::Ready(Err(error));
-        }
-        let before = buf.filled().len();
-        if this.early.is_empty() {
-            if buf.remaining() == 0 {
-                return Poll::Ready(Ok(()));
-            }
-            // An error is an end without a word: the verdict comes from the control stream either way.
-            let _ = ready!(Pin::new(&mut this.mux).poll_read(cx, buf));
-        } else {
-            let taken = this.early.len().min(buf.remaining());
-            buf.put_slice(&this.early[..taken]);
-            this.early.advance(taken);
-        }
-        let read = buf.filled().len() - before;
-        let mut ends = this.seat.entry.ends.lock();
-        if read > 0 {
-            ends.received(read);
+        if buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
-        ends.eof();
-        drop(ends);
-        this.poll_verdict(cx)
+        let mut piece = [IoSlice::new(&[])];
+        ready!(self.poll_arrived(cx, &mut piece))?;
+        let taken = piece[0].len().min(buf.remaining());
+        buf.put_slice(&piece[0][..taken]);
+        self.consume(taken);
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for TunnelStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         this.seat.entry.writer.register(cx.waker());
         if let Some(error) = this.aborted() {
             return Poll::Ready(Err(error));
         }
-        match ready!(Pin::new(&mut this.mux).poll_write(cx, bytes)) {
+        match ready!(Pin::new(&mut this.mux).poll_write_vectored(cx, pieces)) {
             Ok(written) => {
                 this.seat.entry.ends.lock().sent(written);
                 Poll::Ready(Ok(written))
@@ -329,6 +353,10 @@ impl AsyncWrite for TunnelStream {
                 Err(reason) => Poll::Ready(Err(reason)),
             },
         }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -10,7 +10,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig,
+    AlertDescription, CertificateError, CipherSuite, ClientConfig, RootCertStore, ServerConfig,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::WebPkiClientVerifier,
@@ -162,8 +162,11 @@ fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>,
     }
 }
 
+/// ring, which would offer AES-256-GCM first. AES-128-GCM is a quarter faster, and what others offer first too.
 fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    Arc::new(provider)
 }
 
 /// Credentials that are read again when their files change.

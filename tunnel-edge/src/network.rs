@@ -11,16 +11,13 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::sleep};
-use tunnel_core::{Host, Leg};
+use tunnel_core::{Host, Leg, socket};
 
 /// How long one address may take before the next is tried beside it (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// Addresses of one name that are tried; more than these help nobody.
 const MAX_ADDRESSES: usize = 16;
-/// A silent connection is probed after this time, then at this interval, and is dead after that many probes.
-const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
 
 /// Makes outbound connections.
 pub trait Network: Send + Sync + 'static {
@@ -95,11 +92,7 @@ impl Network for SystemNetwork {
     async fn connect(&self, host: &Host, port: u16) -> Result<TcpStream, DialError> {
         let addresses = resolve(host, port).await?;
         let stream = connect_any(addresses, TcpStream::connect).await?;
-        // Neither is needed for the bytes to be right, so a socket that will not have them is used all the same.
-        let _ = stream.set_nodelay(true);
-        let (idle, interval, probes) = KEEPALIVE;
-        let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
-        let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
+        socket::set_up(&stream);
         Ok(stream)
     }
 

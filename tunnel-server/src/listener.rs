@@ -14,7 +14,6 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -28,6 +27,7 @@ use tracing::{debug, error, warn};
 use tunnel_core::{
     Leg,
     proto::{ALPN_EDGE, ALPN_PEER},
+    socket,
     tls::{self, Domain, ServerTls},
 };
 
@@ -36,9 +36,6 @@ use crate::metrics::Metrics;
 /// Pauses after an accept that failed, most often for want of file descriptors: trying again at once would spin.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// An idle TCP connection is probed after this time, and given up after some lost probes.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Handshakes of one door that are worked on at one time: enough to hide what each waits for its far side.
 pub(crate) const TURNS: usize = 256;
 /// After this, the next one's turn comes all the same.
@@ -85,10 +82,7 @@ impl Accept for TcpListener {
 
     async fn accept(&mut self) -> io::Result<(TcpStream, PeerAddr)> {
         let (stream, address) = Self::accept(self).await?;
-        // A connection that is gone already may refuse these; reading it will tell.
-        let _ = stream.set_nodelay(true);
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL);
-        let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
+        socket::set_up(&stream);
         Ok((stream, PeerAddr::Ip(address)))
     }
 }

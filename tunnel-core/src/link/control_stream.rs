@@ -117,7 +117,7 @@ impl ControlTask {
             LinkError::ClosedHere(reason) => {
                 let abort = Aborted::new(AbortCode::LinkLost, format!("the link was closed: {reason}"));
                 self.shared.streams.end_all(abort);
-                self.shared.mux.close().await;
+                self.shared.mux.close();
                 let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut self.mux).await;
                 LinkError::ClosedHere(reason)
             }

@@ -4,11 +4,13 @@
 //! - [`messages`]: every wire message, compiled from `proto/edge_tunnel.proto`, which is their specification.
 //! - [`frame`]: length-delimited messages.
 //! - [`control`]: the state machine of the control stream: handshake, heartbeat and RTT, drain.
+//! - [`yamux`]: the multiplexer under a link.
 //! - [`ends`]: the ledger that makes the ends of a stream exact.
 
 pub mod control;
 pub mod ends;
 pub mod frame;
+pub mod yamux;
 
 /// Every wire message. The comments in `tunnel-core/proto/edge_tunnel.proto` are the specification.
 #[allow(missing_docs, unreachable_pub, clippy::pedantic)]

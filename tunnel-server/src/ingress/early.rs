@@ -2,14 +2,14 @@
 //! `http1` for the target, and read again from a [`Rewound`] leg.
 
 use std::{
-    io,
+    io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll},
 };
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tunnel_core::{Aborted, Leg};
+use tunnel_core::{Aborted, Arrived, Leg};
 
 /// Reads into `early` until it is clear whether the connection begins with `wanted`. Cancel-safe: nothing is lost that
 /// is not in `early`.
@@ -71,6 +71,18 @@ impl<C: AsyncWrite + Unpin> AsyncWrite for Rewound<C> {
         Pin::new(&mut self.conn).poll_write(cx, bytes)
     }
 
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.conn).poll_write_vectored(cx, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.conn.is_write_vectored()
+    }
+
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.conn).poll_flush(cx)
     }
@@ -95,5 +107,9 @@ impl<C: Leg> Leg for Rewound<C> {
 
     fn failure(&self) -> Option<io::Error> {
         self.conn.failure()
+    }
+
+    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
+        if self.early.is_empty() { self.conn.arrived() } else { None }
     }
 }

@@ -27,6 +27,7 @@ use tunnel_core::{
         ALPN_PEER, VERSIONS,
         messages::{Capability, Gateway, Hello, Holdings, RejectCode},
     },
+    socket,
     tls::{self, ClientTls},
 };
 
@@ -568,7 +569,7 @@ async fn dial(address: &Target) -> io::Result<TcpStream> {
         Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
         Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
     };
-    stream.set_nodelay(true)?;
+    socket::set_up(&stream);
     Ok(stream)
 }
 

@@ -1,0 +1,28 @@
+//! yamux, the multiplexer of a link: its frames, and the state of one connection.
+//!
+//! Wire-compatible with hashicorp/yamux (its `spec.md` is the source of the rules here) and with the crate of that
+//! name. A [`Session`] has no I/O and no clock: what came from the far side goes in by [`Session::receive`], and
+//! [`Session::transmit`] says what is to be sent. The users of streams call the methods that take a stream's number.
+//! `crate::mux` puts a lock around it, and a connection beneath.
+
+mod batch;
+pub mod frame;
+mod session;
+mod stream;
+mod window;
+
+pub use batch::Batch;
+pub use session::{Accepted, Config, Error, OpenFailed, Place, Session, StreamEnded};
+pub use window::INITIAL;
+
+use frame::{GoAway, HEADER};
+
+/// Most plaintext that fits one TLS record (RFC 8446, section 5.1).
+const TLS_RECORD: usize = 16 * 1024;
+/// Largest body of a frame that is sent: with its header it fills one TLS record.
+const FRAME_BODY: usize = TLS_RECORD - HEADER;
+/// What is said to a far side that broke the protocol, before the connection is closed: encoded, since there is no more
+/// session then.
+pub const PROTOCOL_ERROR: [u8; HEADER] = [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, GoAway::ProtocolError as u8];
+/// Bytes of one stream that wait to be sent: whole frames. More would only wait longer.
+const SEND_BUFFER: usize = 4 * FRAME_BODY;

@@ -37,7 +37,7 @@ const READ_BUFFER: usize = 64 * 1024;
 /// Bytes that a stream takes from the session at once, and so the most that it holds beyond its window.
 const READ_AHEAD: usize = 64 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
-const TURNS: usize = 16;
+const TURNS: usize = 8;
 /// yamux gives every stream this much receive window at least.
 pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
 /// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last

@@ -30,7 +30,7 @@ const SCRATCH: usize = 64 * 1024;
 /// Pieces in memory that are handed on at once.
 const PIECES: usize = 16;
 /// Reads of one direction before others get their turn.
-const TURNS: usize = 16;
+const TURNS: usize = 2;
 /// While a side is not read, because it has ended or because the other side takes nothing, how often it is asked whether
 /// it has failed: no event would tell.
 const ASK_PERIOD: Duration = Duration::from_secs(5);

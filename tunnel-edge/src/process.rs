@@ -53,7 +53,8 @@ pub enum RunError {
 /// Blocks. Every error is one of starting: once it runs, nothing but a signal ends it.
 pub fn run(config: Config) -> Result<ExitCode, RunError> {
     log::init(&config.log)?;
-    let runtime = tokio::runtime::Runtime::new().map_err(RunError::Setup)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Setup)?;
     runtime.block_on(serve(config))
 }
 

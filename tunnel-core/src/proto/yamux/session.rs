@@ -6,6 +6,8 @@ use std::{
     time::Instant,
 };
 
+use bytes::Buf;
+
 use super::{
     FRAME_BODY,
     batch::Batch,
@@ -494,15 +496,13 @@ impl Session {
     /// Adds frames to `batch` while it surely holds no more than `limit` bytes, which must be 16 KiB or more. If there are none, `cx` is woken once
     /// there are.
     pub fn transmit(&mut self, batch: &mut Batch, limit: usize, cx: &mut Context<'_>, now: Instant) {
-        use bytes::Buf;
         if matches!(self.state, State::Closed | State::Ended) {
             return;
         }
         self.transmit_own(batch);
-        // Whole frames: what exceeds the limit would leave alone, in a small record.
-        while batch.remaining() + HEADER + FRAME_BODY <= limit {
+        while has_room(batch, limit) {
             let Some(number) = self.output.next_turn() else { break };
-            self.transmit_stream(number, batch);
+            self.transmit_stream(number, batch, limit);
         }
         if batch.has_remaining() {
             if let Some(number) = self.round_trip.ping(now) {
@@ -527,15 +527,22 @@ impl Session {
         }
     }
 
-    fn transmit_stream(&mut self, number: u32, batch: &mut Batch) {
+    /// A stream's turn. As many bytes in a row as leave at once anyway, so that the far side's reader gets them at once
+    /// too; but one frame while a sparse stream waits.
+    fn transmit_stream(&mut self, number: u32, batch: &mut Batch, limit: usize) {
         let Some(stream) = self.streams.get_mut(&number) else { return };
         if let Some(header) = stream.next_header() {
             batch.push_header(&header);
         }
-        if let Some(frame) = stream.next_data() {
+        while has_room(batch, limit)
+            && let Some(frame) = stream.next_data()
+        {
             batch.push(frame);
-            self.wakes.extend(stream.sending.take_writer());
+            if !self.output.sparse.is_empty() {
+                break;
+            }
         }
+        self.wakes.extend(stream.sending.take_writer());
         if let Some(header) = stream.next_end() {
             batch.push_header(&header);
         }
@@ -599,6 +606,11 @@ impl Openers {
     fn wake_all(&mut self, wakes: &mut Vec<Waker>) {
         wakes.extend(std::mem::take(&mut self.waiting).into_values());
     }
+}
+
+/// Whether a whole frame fits: what exceeds the limit would leave alone, in a small record.
+fn has_room(batch: &Batch, limit: usize) -> bool {
+    batch.remaining() + HEADER + FRAME_BODY <= limit
 }
 
 impl Output {

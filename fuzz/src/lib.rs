@@ -14,7 +14,7 @@ use bytes::{Buf, BytesMut};
 use tunnel_core::{
     Target, identity,
     proto::{
-        MAX_MESSAGE,
+        MAX_MESSAGE, Side,
         control::{Control, Event},
         ends::{Aborted, Ends, Verdict},
         frame,
@@ -134,7 +134,8 @@ pub fn control(input: &[u8]) {
 /// side's windows; what is kept for readers is never more than a window.
 pub fn yamux(input: &[u8]) {
     let [settings, steps @ ..] = input else { return };
-    let mut mux = Mux::new(settings % 2 == 1, usize::from(settings >> 1) * 10_000);
+    let side = if settings % 2 == 1 { Side::Dialer } else { Side::Acceptor };
+    let mut mux = Mux::new(side, usize::from(settings >> 1) * 10_000);
     for step in steps.chunks(6) {
         let mut bytes = [0; 6];
         bytes[..step.len()].copy_from_slice(step);
@@ -166,8 +167,8 @@ struct Seen {
 const STREAMS: usize = 8;
 
 impl Mux {
-    fn new(is_dialer: bool, budget: usize) -> Self {
-        let session = Session::new(is_dialer, Config { max_streams: STREAMS, window_budget: budget });
+    fn new(side: Side, budget: usize) -> Self {
+        let session = Session::new(side, Config { max_streams: STREAMS, window_budget: budget });
         let (now, held, streams) = (Instant::now(), Vec::new(), BTreeMap::new());
         Self { session, now, budget, held, streams, is_over: false }
     }

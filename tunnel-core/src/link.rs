@@ -25,9 +25,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
 use crate::{
-    mux::{Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed, Side},
+    mux::{Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed},
     proto::{
-        clean_text,
+        Side, clean_text,
         control::{Control, ControlError, Event, Rtt},
         ends::Aborted,
         frame::FrameError,
@@ -459,13 +459,12 @@ impl Link {
 
     fn start(side: Side, mux: Mux, channel: ControlChannel, config: LinkConfig) -> Self {
         let streams = Arc::new(Streams::new(side, config.max_streams, config.end_timeout));
-        let first_number = if side == Side::Dialer { 1 } else { 2 };
         let handle = LinkHandle {
             shared: Arc::new(Shared {
                 mux: mux.handle,
                 streams,
                 max_streams: config.max_streams,
-                next_number: AtomicU64::new(first_number),
+                next_number: AtomicU64::new(side.first_number().into()),
                 peer_draining: AtomicBool::new(false),
                 requests: Mutex::default(),
                 requested: Notify::new(),

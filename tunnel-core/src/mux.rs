@@ -26,7 +26,16 @@ use tokio::{
 };
 use tokio_util::{io::poll_write_buf, task::AbortOnDropHandle};
 
-use crate::proto::yamux::{self, Batch, Place, Session};
+use crate::{
+    proto::{
+        Side,
+        yamux::{
+            self, Batch, Place, Session,
+            frame::{GoAway, Header},
+        },
+    },
+    relay::Arrived,
+};
 
 pub(crate) use crate::proto::yamux::OpenFailed;
 
@@ -43,15 +52,6 @@ pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
 /// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last
 /// bytes have not left yet, count too: up to as many as this for each of the maximum, and some more.
 const STREAM_HEADROOM: (usize, usize) = (2, 64);
-
-/// Which side of the link this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Side {
-    /// Made the TLS connection.
-    Dialer,
-    /// Took it.
-    Acceptor,
-}
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MuxConfig {
@@ -100,10 +100,9 @@ struct Shared(Mutex<Session>);
 
 impl Shared {
     /// Does something with the session, then wakes whoever has to know, without the lock.
-    fn with<R>(&self, act: impl FnOnce(&mut Session, std::time::Instant) -> R) -> R {
-        let now = Instant::now().into_std();
+    fn with<R>(&self, act: impl FnOnce(&mut Session) -> R) -> R {
         let mut session = self.0.lock();
-        let result = act(&mut session, now);
+        let result = act(&mut session);
         let wakes = session.take_wakes();
         drop(session);
         for waker in wakes {
@@ -111,6 +110,10 @@ impl Shared {
         }
         result
     }
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 /// Opens streams. Cheap to clone.
@@ -129,7 +132,7 @@ impl MuxHandle {
 
     /// Asks for an orderly end: what is queued is sent, then the connection is closed.
     pub(crate) fn close(&self) {
-        self.shared.with(|session, _| session.close());
+        self.shared.with(Session::close);
     }
 }
 
@@ -142,14 +145,14 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<u32, OpenFailed>> {
         let place = &mut self.place;
-        self.shared.with(|session, now| session.poll_open(place, cx, now))
+        self.shared.with(|session| session.poll_open(place, cx, now()))
     }
 }
 
 impl Drop for Opening<'_> {
     fn drop(&mut self) {
         if let Some(place) = self.place.take() {
-            self.shared.with(|session, _| session.leave(place));
+            self.shared.with(|session| session.leave(place));
         }
     }
 }
@@ -163,7 +166,7 @@ pub(crate) struct Inbound {
 impl Inbound {
     /// The next one; `None` once the connection has ended. Cancel-safe. For one caller at a time.
     pub(crate) async fn next(&mut self) -> Option<MuxStream> {
-        let number = poll_fn(|cx| self.shared.with(|session, _| session.poll_accept(cx))).await?;
+        let number = poll_fn(|cx| self.shared.with(|session| session.poll_accept(cx))).await?;
         Some(MuxStream::new(self.shared.clone(), number))
     }
 }
@@ -182,7 +185,7 @@ impl Mux {
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let heard = Arc::new(LastHeard::now());
-        let shared = Arc::new(Shared(Mutex::new(Session::new(side == Side::Dialer, config.session()))));
+        let shared = Arc::new(Shared(Mutex::new(Session::new(side, config.session()))));
         let driver = Driver {
             io,
             shared: shared.clone(),
@@ -208,7 +211,7 @@ struct Driver<T> {
 
 impl<T> Drop for Driver<T> {
     fn drop(&mut self) {
-        self.shared.with(|session, _| session.end());
+        self.shared.with(Session::end);
     }
 }
 
@@ -243,8 +246,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         ready!(Pin::new(&mut self.io).poll_flush(cx))?;
         if !self.batch.has_remaining() && !self.closing {
             let batch = &mut self.batch;
-            self.closing = self.shared.with(|session, now| {
-                session.transmit(batch, WRITE_BATCH, cx, now);
+            self.closing = self.shared.with(|session| {
+                session.transmit(batch, WRITE_BATCH, cx, now());
                 session.is_closed()
             });
             if !self.batch.has_remaining() {
@@ -270,8 +273,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             if buffer.filled().is_empty() {
                 return Poll::Ready(Err(MuxError::ClosedByPeer));
             }
-            self.heard.note();
-            let received = self.shared.with(|session, now| session.receive(buffer.filled(), now));
+            let now = Instant::now();
+            self.heard.note(now);
+            let received = self.shared.with(|session| session.receive(buffer.filled(), now.into_std()));
             if let Err(error @ (yamux::Error::Header(_) | yamux::Error::Violation { .. })) = &received {
                 self.complain(cx, error);
             }
@@ -283,7 +287,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     fn complain(&mut self, cx: &mut Context<'_>, error: &yamux::Error) {
         tracing::debug!(%error, "the far side broke the multiplexer's protocol");
         if !self.batch.has_remaining() {
-            let _ = Pin::new(&mut self.io).poll_write(cx, &yamux::PROTOCOL_ERROR);
+            let _ = Pin::new(&mut self.io).poll_write(cx, &Header::go_away(GoAway::ProtocolError).encode());
             let _ = Pin::new(&mut self.io).poll_flush(cx);
         }
     }
@@ -313,9 +317,7 @@ impl MuxStream {
     pub(crate) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if self.segments.is_empty() {
             let (segments, number) = (&mut self.segments, self.number);
-            ready!(
-                self.shared.with(|session, now| { session.poll_read(number, cx, segments, READ_AHEAD, now) })
-            );
+            ready!(self.shared.with(|session| session.poll_read(number, cx, segments, READ_AHEAD, now())));
         }
         Poll::Ready(!self.segments.is_empty())
     }
@@ -329,9 +331,19 @@ impl MuxStream {
         }
         count
     }
+}
 
-    /// So many of the bytes that have arrived were read.
-    pub(crate) fn consume(&mut self, bytes: usize) {
+impl Arrived for MuxStream {
+    fn poll_arrived<'a>(
+        &'a mut self,
+        cx: &mut Context<'_>,
+        pieces: &mut [IoSlice<'a>],
+    ) -> Poll<io::Result<usize>> {
+        let some = ready!(self.poll_ready(cx));
+        Poll::Ready(Ok(if some { self.arrived(pieces) } else { 0 }))
+    }
+
+    fn consume(&mut self, bytes: usize) {
         self.read += bytes;
         while let Some(first) = self.segments.front()
             && self.read >= first.len()
@@ -353,7 +365,7 @@ impl fmt::Debug for MuxStream {
 
 impl Drop for MuxStream {
     fn drop(&mut self) {
-        self.shared.with(|session, _| session.discard(self.number));
+        self.shared.with(|session| session.discard(self.number));
     }
 }
 
@@ -363,14 +375,7 @@ impl AsyncRead for MuxStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if ready!(self.poll_ready(cx)) {
-            let mut piece = [IoSlice::new(&[])];
-            self.arrived(&mut piece);
-            let taken = piece[0].len().min(buf.remaining());
-            buf.put_slice(&piece[0][..taken]);
-            self.consume(taken);
-        }
-        Poll::Ready(Ok(()))
+        self.poll_copy(cx, buf)
     }
 }
 
@@ -385,7 +390,7 @@ impl AsyncWrite for MuxStream {
         pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let mut written = 0;
-        let mut write = |session: &mut Session| {
+        let write = |session: &mut Session| {
             for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
                 match session.poll_write(self.number, cx, piece) {
                     Poll::Ready(Ok(taken)) => written += taken,
@@ -396,7 +401,7 @@ impl AsyncWrite for MuxStream {
             }
             Poll::Ready(Ok(written))
         };
-        let written = self.shared.with(|session, _| write(session));
+        let written = self.shared.with(write);
         written.map_err(|ended| io::Error::new(io::ErrorKind::BrokenPipe, ended))
     }
 
@@ -410,7 +415,7 @@ impl AsyncWrite for MuxStream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shared.with(|session, _| session.finish(self.number));
+        self.shared.with(|session| session.finish(self.number));
         Poll::Ready(Ok(()))
     }
 }
@@ -427,8 +432,8 @@ impl LastHeard {
         Self { start: Instant::now(), micros: AtomicU64::new(0) }
     }
 
-    fn note(&self) {
-        let micros = self.start.elapsed().as_micros();
+    fn note(&self, now: Instant) {
+        let micros = now.saturating_duration_since(self.start).as_micros();
         self.micros.store(u64::try_from(micros).unwrap_or(u64::MAX), Relaxed);
     }
 

@@ -50,6 +50,19 @@ pub trait Arrived {
 
     /// So many of the bytes were handed on.
     fn consume(&mut self, bytes: usize);
+
+    /// Copies the first of them, as [`AsyncRead::poll_read`] has to.
+    fn poll_copy(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if buf.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let mut piece = [IoSlice::new(&[])];
+        ready!(self.poll_arrived(cx, &mut piece))?;
+        let taken = piece[0].len().min(buf.remaining());
+        buf.put_slice(&piece[0][..taken]);
+        self.consume(taken);
+        Poll::Ready(Ok(()))
+    }
 }
 
 /// One side of a relay: a byte stream that can end in two ways.

@@ -24,9 +24,9 @@ use tokio::{
 };
 
 use crate::{
-    mux::{MuxStream, Side},
+    mux::MuxStream,
     proto::{
-        MAX_MESSAGE, clean_text,
+        MAX_MESSAGE, Side, clean_text,
         ends::{Aborted, Ends, Verdict},
         frame::{self, FrameError},
         messages::{
@@ -187,14 +187,6 @@ impl Streams {
     }
 }
 
-impl Side {
-    /// Whether this side opened the stream of that number: dialers use odd numbers, acceptors even ones from 2.
-    fn opens(self, number: u64) -> Option<bool> {
-        let by_dialer = number % 2 == 1;
-        (number != 0).then_some(by_dialer == (self == Self::Dialer))
-    }
-}
-
 /// A stream's place in its link's table; leaving it says how the stream ended.
 #[derive(Debug)]
 struct Seat {
@@ -315,15 +307,7 @@ impl AsyncRead for TunnelStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if buf.remaining() == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        let mut piece = [IoSlice::new(&[])];
-        ready!(self.poll_arrived(cx, &mut piece))?;
-        let taken = piece[0].len().min(buf.remaining());
-        buf.put_slice(&piece[0][..taken]);
-        self.consume(taken);
-        Poll::Ready(Ok(()))
+        self.poll_copy(cx, buf)
     }
 }
 

@@ -16,7 +16,10 @@ use std::{
 
 use bytes::Buf;
 use proptest::prelude::*;
-use tunnel_core::proto::yamux::{Batch, Config, Error, INITIAL, OpenFailed, Place, Session};
+use tunnel_core::proto::{
+    Side,
+    yamux::{Batch, Config, Error, INITIAL, OpenFailed, Place, Session},
+};
 
 const DATA: u8 = 0;
 const WINDOW: u8 = 1;
@@ -211,9 +214,9 @@ mod model {
     }
 
     impl Side {
-        fn new(is_dialer: bool, budget: usize) -> Self {
+        fn new(side: super::Side, budget: usize) -> Self {
             Self {
-                session: Session::new(is_dialer, Config { max_streams: MAX, window_budget: budget }),
+                session: Session::new(side, Config { max_streams: MAX, window_budget: budget }),
                 wire: VecDeque::new(),
                 sending: Parser::default(),
                 hearing: Parser::default(),
@@ -239,7 +242,7 @@ mod model {
 
     impl Pair {
         pub(super) fn new(budget: usize) -> Self {
-            let sides = [Side::new(true, budget), Side::new(false, budget)];
+            let sides = [Side::new(super::Side::Dialer, budget), Side::new(super::Side::Acceptor, budget)];
             Self { sides, now: Instant::now(), budget: budget as u64 }
         }
 
@@ -681,9 +684,9 @@ mod script {
     }
 
     impl Script {
-        pub(super) fn new(is_dialer: bool, max_streams: usize) -> Self {
+        pub(super) fn new(side: Side, max_streams: usize) -> Self {
             let config = Config { max_streams, window_budget: 0 };
-            Self { session: Session::new(is_dialer, config), now: Instant::now() }
+            Self { session: Session::new(side, config), now: Instant::now() }
         }
 
         /// The far side says a frame, one byte at a time.
@@ -768,11 +771,11 @@ mod script {
     }
 
     fn acceptor() -> Script {
-        Script::new(false, 8)
+        Script::new(Side::Acceptor, 8)
     }
 
     fn dialer() -> Script {
-        Script::new(true, 8)
+        Script::new(Side::Dialer, 8)
     }
 
     #[test]
@@ -797,7 +800,7 @@ mod script {
         assert_eq!(near.says(), [data(SYN, 3, b"a")]);
         near.writes(3, b"b");
         assert_eq!(near.says(), [data(0, 3, b"b")]);
-        let mut far = Script::new(false, 8);
+        let mut far = Script::new(Side::Acceptor, 8);
         assert_eq!((far.opens(), far.opens()), (2, 4));
         far.takes(&[data(SYN, 3, b"a"), data(0, 3, b"b")]);
         assert_eq!((far.accepts(), far.accepts()), (Some(3), None));
@@ -1010,7 +1013,7 @@ mod script {
 
     #[test]
     fn two_sides_that_let_go_with_full_windows_do_not_wait_for_each_other() {
-        let (mut near, mut far) = (Script::new(true, 1), Script::new(false, 1));
+        let (mut near, mut far) = (Script::new(Side::Dialer, 1), Script::new(Side::Acceptor, 1));
         let number = near.opens();
         near.writes(number, b"x");
         far.takes(&near.says());
@@ -1046,7 +1049,7 @@ mod script {
 
     #[test]
     fn a_stream_that_was_never_sent_is_forgotten_without_a_word() {
-        let mut near = Script::new(true, 1);
+        let mut near = Script::new(Side::Dialer, 1);
         for _ in 0..10 {
             let number = near.opens();
             near.writes(number, b"x");
@@ -1192,7 +1195,7 @@ mod script {
 
     #[test]
     fn streams_beyond_the_maximum_are_reset_one_by_one() {
-        let mut far = Script::new(false, 2);
+        let mut far = Script::new(Side::Acceptor, 2);
         far.takes(&[
             data(SYN, 1, b"a"),
             data(SYN, 3, b"b"),
@@ -1212,14 +1215,14 @@ mod script {
 
     #[test]
     fn a_far_side_that_opens_without_reading_is_cut() {
-        let mut far = Script::new(false, 1);
+        let mut far = Script::new(Side::Acceptor, 1);
         far.takes(&[window(SYN, 1, 0)]);
         for number in 0..1024 {
             far.takes(&[window(SYN, 3 + 2 * number, 0)]);
         }
         assert_eq!(far.objects(&window(SYN, 5001, 0)), (5001, "too many streams were opened at once"));
         // One that reads may go on for ever.
-        let mut far = Script::new(false, 1);
+        let mut far = Script::new(Side::Acceptor, 1);
         far.takes(&[window(SYN, 1, 0)]);
         for round in 0..3 {
             let numbers: Vec<u32> = (0..1024).map(|i| 3 + 2 * (round * 1024 + i)).collect();
@@ -1253,7 +1256,7 @@ mod script {
 
     #[test]
     fn only_so_many_streams_wait_for_the_far_sides_first_word() {
-        let mut near = Script::new(true, 1000);
+        let mut near = Script::new(Side::Dialer, 1000);
         let numbers: Vec<u32> = (0..256).map(|_| near.opens()).collect();
         for number in &numbers {
             near.writes(*number, b"x");
@@ -1306,7 +1309,7 @@ mod script {
     #[test]
     fn whoever_waits_to_open_a_stream_is_told_of_the_end() {
         for close in [Session::close, Session::end] {
-            let mut near = Script::new(true, 1000);
+            let mut near = Script::new(Side::Dialer, 1000);
             for _ in 0..256 {
                 near.opens();
             }
@@ -1322,7 +1325,7 @@ mod script {
 
     #[test]
     fn streams_that_were_accepted_and_say_nothing_do_not_keep_others_from_being_opened() {
-        let (mut near, mut far) = (Script::new(true, 1000), Script::new(false, 1000));
+        let (mut near, mut far) = (Script::new(Side::Dialer, 1000), Script::new(Side::Acceptor, 1000));
         for _ in 0..600 {
             let number = near.opens();
             near.writes(number, b"x");
@@ -1337,7 +1340,7 @@ mod script {
         far.writes(1, b"y");
         assert_eq!(far.says(), [data(0, 1, b"y")]);
         // One whose bytes are faster needs no frame of its own.
-        let mut far = Script::new(false, 1000);
+        let mut far = Script::new(Side::Acceptor, 1000);
         for number in (1..400).step_by(2) {
             far.takes(&[data(SYN, number, b"x")]);
             assert_eq!(far.accepts(), Some(number));
@@ -1373,7 +1376,7 @@ mod turns {
 
     /// A session with streams that always have more, and a far side that takes everything.
     fn busy() -> (Script, Vec<u32>) {
-        let mut near = Script::new(true, 100);
+        let mut near = Script::new(Side::Dialer, 100);
         let numbers: Vec<u32> = (0..BULK).map(|_| near.opens()).collect();
         refill(&mut near, &numbers);
         (near, numbers)
@@ -1446,7 +1449,7 @@ mod turns {
     fn what_a_window_grew_by_is_given_back_with_its_stream() {
         const BUDGET: u32 = 3 * INITIAL;
         let config = Config { max_streams: 4, window_budget: BUDGET as usize };
-        let mut far = Script { session: Session::new(false, config), now: Instant::now() };
+        let mut far = Script { session: Session::new(Side::Acceptor, config), now: Instant::now() };
         // The round trip has to be known: a second.
         far.takes(&[ping(SYN, 1)]);
         let asked = far.says_all().into_iter().find(|frame| frame.flags == SYN).unwrap();
@@ -1484,7 +1487,7 @@ mod turns {
     fn what_is_forgotten_leaves_nothing_in_the_queues() {
         // The far side reads nothing, so nothing is sent; streams come and go.
         let size = |script: &Script| format!("{:?}", script.session).len();
-        let mut near = Script::new(true, 2);
+        let mut near = Script::new(Side::Dialer, 2);
         let before = size(&near);
         for _ in 0..10_000 {
             let number = near.opens();
@@ -1493,7 +1496,7 @@ mod turns {
         }
         assert!(size(&near) < before + 5_000, "from {before} to {}", size(&near));
         // The far side opens, and resets what is written to, and uses the number again.
-        let mut far = Script::new(false, 2);
+        let mut far = Script::new(Side::Acceptor, 2);
         for _ in 0..10_000 {
             far.takes(&[window(SYN, 1, 0)]);
             assert_eq!(far.accepts(), Some(1));
@@ -1506,7 +1509,7 @@ mod turns {
 
     #[test]
     fn whoever_gives_up_waiting_for_a_stream_leaves_nothing() {
-        let mut near = Script::new(true, 1000);
+        let mut near = Script::new(Side::Dialer, 1000);
         for _ in 0..256 {
             near.opens();
         }

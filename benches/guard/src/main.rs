@@ -24,6 +24,7 @@ use tokio::{
 use tunnel_core::{
     Aborted, Leg, Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
     proto::{
+        Side,
         messages::{Hello, Welcome},
         yamux::{Batch, Config, Session},
     },
@@ -74,7 +75,7 @@ fn main() {
 
 fn session() {
     let (now, config) = (Instant::now(), Config { max_streams: 64, window_budget: 0 });
-    let (mut near, mut far) = (Session::new(true, config), Session::new(false, config));
+    let (mut near, mut far) = (Session::new(Side::Dialer, config), Session::new(Side::Acceptor, config));
     let cx = &mut Context::from_waker(Waker::noop());
     let numbers: Vec<u32> = (0..8)
         .map(|_| match near.poll_open(&mut None, cx, now) {

@@ -27,6 +27,32 @@ pub const ALPN_PEER: &[u8] = b"edge-tunnel-peer/1";
 /// The protocol versions this build speaks, lowest and highest.
 pub const VERSIONS: (u32, u32) = (1, 1);
 
+/// Which side of a connection this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Made the connection.
+    Dialer,
+    /// Took it.
+    Acceptor,
+}
+
+impl Side {
+    /// The number of the first stream that this side opens; the next ones follow in steps of two.
+    pub fn first_number(self) -> u32 {
+        match self {
+            Self::Dialer => 1,
+            Self::Acceptor => 2,
+        }
+    }
+
+    /// Whether this side opened the stream of that number: dialers use odd numbers, acceptors even ones from 2. `None`
+    /// for a number that is nobody's.
+    pub fn opens(self, number: u64) -> Option<bool> {
+        let by_dialer = number % 2 == 1;
+        (number != 0).then_some(by_dialer == (self == Self::Dialer))
+    }
+}
+
 /// Longest encoded message, in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 

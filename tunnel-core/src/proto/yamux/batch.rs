@@ -6,12 +6,9 @@ use std::{collections::VecDeque, io::IoSlice};
 use bytes::Buf;
 
 use super::{
-    FRAME_BODY,
+    FRAME_BODY, SMALL,
     frame::{HEADER, Header},
 };
-
-/// Smallest buffer: several short frames fit one.
-const SMALL: usize = 512;
 
 /// One frame, or several short ones.
 #[derive(Debug)]
@@ -73,18 +70,28 @@ pub struct Batch {
 
 impl Batch {
     pub(super) fn push(&mut self, frame: Frame) {
-        let written = frame.written();
-        self.bytes += written.len();
-        match self.frames.back_mut() {
-            Some(last) if written.len() <= last.room() => last.bytes.extend_from_slice(written),
-            _ => self.frames.push_back(frame),
+        if !self.join(frame.written()) {
+            self.bytes += frame.len();
+            self.frames.push_back(frame);
         }
     }
 
     pub(super) fn push_header(&mut self, header: &Header) {
-        let mut frame = Frame::with_room_for(0);
-        frame.set_header(header);
-        self.push(frame);
+        if !self.join(&header.encode()) {
+            let mut frame = Frame::with_room_for(0);
+            frame.set_header(header);
+            self.push(frame);
+        }
+    }
+
+    /// Puts a short frame into the last one's buffer, if that has room.
+    fn join(&mut self, written: &[u8]) -> bool {
+        let Some(last) = self.frames.back_mut().filter(|last| written.len() <= last.room()) else {
+            return false;
+        };
+        last.bytes.extend_from_slice(written);
+        self.bytes += written.len();
+        true
     }
 }
 

@@ -84,6 +84,11 @@ pub enum HeaderError {
 }
 
 impl Header {
+    /// The last frame of a connection.
+    pub fn go_away(code: GoAway) -> Self {
+        Self { kind: Kind::GoAway, flags: Flags::NONE, stream: 0, length: code as u32 }
+    }
+
     /// The header's bytes.
     pub fn encode(&self) -> [u8; HEADER] {
         let kind = match self.kind {

@@ -12,17 +12,16 @@ mod stream;
 mod window;
 
 pub use batch::Batch;
-pub use session::{Accepted, Config, Error, OpenFailed, Place, Session, StreamEnded};
+pub use session::{Config, Error, OpenFailed, Place, Session, StreamEnded};
 pub use window::INITIAL;
 
-use frame::{GoAway, HEADER};
+use frame::HEADER;
 
 /// Most plaintext that fits one TLS record (RFC 8446, section 5.1).
 const TLS_RECORD: usize = 16 * 1024;
 /// Largest body of a frame that is sent: with its header it fills one TLS record.
 const FRAME_BODY: usize = TLS_RECORD - HEADER;
-/// What is said to a far side that broke the protocol, before the connection is closed: encoded, since there is no more
-/// session then.
-pub const PROTOCOL_ERROR: [u8; HEADER] = [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, GoAway::ProtocolError as u8];
+/// Smallest buffer: a handful of short frames fits one.
+const SMALL: usize = 512;
 /// Bytes of one stream that wait to be sent: whole frames. More would only wait longer.
 const SEND_BUFFER: usize = 4 * FRAME_BODY;

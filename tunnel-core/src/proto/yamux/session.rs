@@ -15,6 +15,7 @@ use super::{
     stream::Stream,
     window::RoundTrip,
 };
+use crate::proto::Side;
 
 /// Streams of this side that the far side has not answered yet; more wait. hashicorp/yamux resets those beyond.
 const UNACKNOWLEDGED: usize = 256;
@@ -58,6 +59,12 @@ pub enum Error {
     },
 }
 
+impl Error {
+    fn violation(stream: u32, what: &'static str) -> Self {
+        Self::Violation { stream, what }
+    }
+}
+
 /// Why a stream could not be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenFailed {
@@ -90,19 +97,16 @@ struct Openers {
 #[derive(Debug)]
 pub struct Place(u64);
 
-/// The next stream of the far side, or that none will come.
-pub type Accepted = Option<u32>;
-
 /// A yamux connection without I/O.
 ///
 /// One owner feeds it: [`receive`](Self::receive) with whatever has come, [`transmit`](Self::transmit) until it gives
 /// nothing, again and again; after [`end`](Self::end) every method still works, and says that it is over. Users of
-/// streams call the others, with a number that [`poll_open`](Self::poll_open) or [`poll_accept`](Self::poll_accept) gave, until
-/// [`discard`](Self::discard). Whoever has to be woken is collected, not called, since callers hold a lock: after each
-/// call of any kind, take [`wakes`](Self::take_wakes).
+/// streams call the others, with a number that [`poll_open`](Self::poll_open) or [`poll_accept`](Self::poll_accept)
+/// gave, until [`discard`](Self::discard). Whoever has to be woken is collected, not called, since callers hold a lock:
+/// after each call of any kind, take [`wakes`](Self::take_wakes).
 #[derive(Debug)]
 pub struct Session {
-    is_dialer: bool,
+    side: Side,
     max_streams: usize,
     streams: BTreeMap<u32, Box<Stream>>,
     next_number: Option<u32>,
@@ -163,12 +167,12 @@ struct Output {
 
 impl Session {
     /// A connection's beginning.
-    pub fn new(is_dialer: bool, config: Config) -> Self {
+    pub fn new(side: Side, config: Config) -> Self {
         Self {
-            is_dialer,
+            side,
             max_streams: config.max_streams,
             streams: BTreeMap::new(),
-            next_number: Some(if is_dialer { 1 } else { 2 }),
+            next_number: Some(side.first_number()),
             accepted: VecDeque::new(),
             acceptor: None,
             unanswered: VecDeque::new(),
@@ -235,7 +239,7 @@ impl Session {
     }
 
     /// The number of the next stream that the far side has opened; `None` once the connection has ended.
-    pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Accepted> {
+    pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Option<u32>> {
         match self.accepted.pop_front() {
             Some(number) => {
                 self.answer_in_time(number);
@@ -347,8 +351,7 @@ impl Session {
     pub fn end(&mut self) {
         self.state = State::Ended;
         for stream in self.streams.values_mut() {
-            self.wakes.extend(stream.receiving.reader.take());
-            self.wakes.extend(stream.sending.writer.take());
+            self.wakes.extend(stream.take_wakers());
         }
         self.wakes.extend(self.acceptor.take());
         self.openers.wake_all(&mut self.wakes);
@@ -406,15 +409,15 @@ impl Session {
 
     fn handle_stream(&mut self, header: Header, now: Instant) -> Result<(), Error> {
         let Header { kind, flags, stream: number, length } = header;
-        let violation = |what| Error::Violation { stream: number, what };
         let body = if kind == Kind::Data { length } else { 0 };
         if flags.has(Flags::SYN) {
             self.opened(number, now)?;
         }
         let ends = flags.has(Flags::FIN);
-        // Nobody's, unless it turns out to be somebody's.
-        self.input =
-            if body > 0 { Input::Body { stream: 0, left: body as usize, ends } } else { Input::START };
+        if body > 0 {
+            // Nobody's, unless it turns out to be somebody's.
+            self.input = Input::Body { stream: 0, left: body as usize, ends };
+        }
         // Streams that were forgotten may still be spoken of: by frames that were under way, or by a far side that
         // has not yet been told.
         let Some(stream) = self.streams.get_mut(&number) else { return Ok(()) };
@@ -424,22 +427,21 @@ impl Session {
         }
         if flags.has(Flags::RST) {
             stream.reset_by_peer();
-            self.wakes.extend(stream.receiving.reader.take());
-            self.wakes.extend(stream.sending.writer.take());
+            self.wakes.extend(stream.take_wakers());
             self.forget_if_over(number);
             return Ok(());
         }
         if kind == Kind::WindowUpdate {
             if !stream.sending.open_window(length) {
-                return Err(violation("its window was opened beyond all bounds"));
+                return Err(Error::violation(number, "its window was opened beyond all bounds"));
             }
             self.schedule(number);
         } else if body > 0 {
             if stream.receiving.ended {
-                return Err(violation("bytes came behind its end"));
+                return Err(Error::violation(number, "bytes came behind its end"));
             }
             if !stream.receiving.announce(body) {
-                return Err(violation("more bytes came than its window allows"));
+                return Err(Error::violation(number, "more bytes came than its window allows"));
             }
             self.input = Input::Body { stream: number, left: body as usize, ends };
         }
@@ -451,19 +453,15 @@ impl Session {
 
     /// The far side opens a stream.
     fn opened(&mut self, number: u32, now: Instant) -> Result<(), Error> {
-        let by_dialer = number % 2 == 1;
-        if number == 0 || by_dialer == self.is_dialer {
-            return Err(Error::Violation { stream: number, what: "the number is not the opener's to use" });
+        if self.side.opens(number.into()) != Some(false) {
+            return Err(Error::violation(number, "the number is not the opener's to use"));
         }
         if self.streams.contains_key(&number) {
-            return Err(Error::Violation { stream: number, what: "it was opened twice" });
+            return Err(Error::violation(number, "it was opened twice"));
         }
         if self.streams.len() >= self.max_streams || self.state != State::Open {
             if self.output.refusals.len() >= REFUSALS {
-                return Err(Error::Violation {
-                    stream: number,
-                    what: "too many streams were opened at once",
-                });
+                return Err(Error::violation(number, "too many streams were opened at once"));
             }
             self.output.refusals.push_back(number);
             self.wake_transmitter();
@@ -493,8 +491,8 @@ impl Session {
         self.wakes.extend(stream.receiving.reader.take());
     }
 
-    /// Adds frames to `batch` while it surely holds no more than `limit` bytes, which must be 16 KiB or more. If there are none, `cx` is woken once
-    /// there are.
+    /// Adds frames to `batch` while it surely holds no more than `limit` bytes, which must be 16 KiB or more. If there
+    /// are none, `cx` is woken once there are.
     pub fn transmit(&mut self, batch: &mut Batch, limit: usize, cx: &mut Context<'_>, now: Instant) {
         if matches!(self.state, State::Closed | State::Ended) {
             return;
@@ -511,8 +509,7 @@ impl Session {
             }
         } else if self.state == State::Closing {
             self.state = State::Closed;
-            let length = GoAway::Normal as u32;
-            batch.push_header(&Header { kind: Kind::GoAway, flags: Flags::NONE, stream: 0, length });
+            batch.push_header(&Header::go_away(GoAway::Normal));
         } else {
             self.transmitter = Some(cx.waker().clone());
         }

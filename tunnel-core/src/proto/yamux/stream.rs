@@ -7,14 +7,12 @@ use std::{
 };
 
 use super::{
-    FRAME_BODY, SEND_BUFFER,
+    FRAME_BODY, SEND_BUFFER, SMALL,
     batch::Frame,
     frame::{Flags, Header, Kind},
     window::{INITIAL, ReceiveWindow},
 };
 
-/// Smallest buffer for bytes that have arrived: a handful of small frames fits one.
-const SMALL: usize = 512;
 /// Most bytes that go before those of streams that have many.
 const SPARSE: usize = FRAME_BODY / 4;
 
@@ -140,6 +138,11 @@ impl Stream {
     /// Answers the far side's first frame, if that was not done.
     pub(super) fn answer(&mut self) {
         self.sending.answers = true;
+    }
+
+    /// Whoever waits for anything of the stream.
+    pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> {
+        [self.receiving.reader.take(), self.sending.writer.take()].into_iter().flatten()
     }
 
     /// Whether nothing more will be said of it by either side, so that it may be forgotten.

@@ -6,56 +6,14 @@
     reason = "a bench fails by panicking; criterion's macros have no docs"
 )]
 
-use std::time::Duration;
-
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    io::{AsyncReadExt, AsyncWriteExt},
     runtime::{Builder, Runtime},
-    time::Instant,
 };
-use tunnel_core::{
-    Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
-    proto::messages::{Hello, Welcome},
-};
+use tunnel_benches::{echo, link_to, open};
 
-const TIMEOUT: Duration = Duration::from_secs(30);
 const BULK: usize = 4 << 20;
-
-async fn echo(mut stream: TunnelStream) {
-    let (mut reader, mut writer) = tokio::io::split(&mut stream);
-    if tokio::io::copy(&mut reader, &mut writer).await.is_ok() {
-        let _ = stream.shutdown().await;
-    }
-}
-
-/// A link whose edge echoes every stream.
-async fn echoing_link() -> LinkHandle {
-    let (near, far) = duplex(256 * 1024);
-    let config = LinkConfig::default();
-    let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
-    let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
-    let (edge, gateway) = tokio::join!(Link::connect(near, hello, config), async {
-        Link::accept(far, config).await.unwrap().welcome(welcome).unwrap()
-    });
-    let (mut edge, mut gateway) = (edge.unwrap().0, gateway);
-    let handle = gateway.handle();
-    tokio::spawn(async move { while !matches!(gateway.next().await, LinkEvent::Closed(_)) {} });
-    tokio::spawn(async move {
-        while let LinkEvent::Stream(incoming) = edge.next().await {
-            tokio::spawn(async move {
-                let pending = incoming.header(Instant::now() + TIMEOUT).await.unwrap();
-                echo(pending.accept(String::new()).await.unwrap()).await;
-            });
-        }
-    });
-    handle
-}
-
-async fn open(link: &LinkHandle) -> TunnelStream {
-    let request = OpenRequest { target: "edge-a:10250".to_owned(), ..OpenRequest::default() };
-    link.open(request, TIMEOUT).await.unwrap().0
-}
 
 fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
@@ -63,7 +21,7 @@ fn runtime() -> Runtime {
 
 fn link(criterion: &mut Criterion) {
     let runtime = runtime();
-    let handle = runtime.block_on(echoing_link());
+    let (handle, _tasks) = runtime.block_on(link_to(echo));
 
     criterion.bench_function("stream/open, one byte each way, end", |bencher| {
         bencher.to_async(&runtime).iter(|| async {

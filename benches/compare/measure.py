@@ -120,8 +120,6 @@ def _amount(workload: Workload, figures: dict, seconds: float, warm_up: float) -
     whole = seconds + warm_up
     if "total_bytes" in figures:
         return figures["total_bytes"] / 2**30
-    if workload.kind in ("bulk", "interleaved"):
-        return figures["gbit_per_s"] * 1e9 / 8 / 2**30 * whole
     if workload.kind == "idle":
         return seconds / 1000
     if workload.kind == "requests":

@@ -34,7 +34,7 @@ class Results:
         for network, workload, system in dict.fromkeys(
                 (run["network"], run["workload"], run["system"]) for run in self.runs):
             good = self.good(network, workload, system)
-            keys = [key for key in (good[0]["figures"] if good else ()) if key not in ("bytes", "seconds")]
+            keys = [key for key in (good[0]["figures"] if good else ()) if key not in ("bytes", "seconds", "total_bytes")]
             found.append({
                 "network": network, "workload": workload, "system": system, "good_runs": len(good),
                 "runs": len(self.of(network, workload, system)),

@@ -329,8 +329,8 @@ local_addr = "127.0.0.1:{stage.target_port}"
     return ["--via", f"tcp:127.0.0.1:{port}"]
 
 
-# TLS 1.3 and AES-128-GCM, as the driver and the relay offer alone, haproxy is told, and Go prefers; but edge-tunnel's
-# links are what rustls prefers, AES-256-GCM, and rathole's native-tls settles for TLS 1.2 and ChaCha20-Poly1305.
+# TLS 1.3 and AES-128-GCM, as the driver and the relay offer alone, haproxy is told, and Go and edge-tunnel prefer; but
+# rathole's native-tls settles for TLS 1.2 and ChaCha20-Poly1305.
 SYSTEMS = {system.name: system for system in (
     System("edge-tunnel", 2, "gateway and edge, CONNECT over mTLS", lambda stage: edge_tunnel(stage, False, False)),
     System("edge-tunnel-uds", 1, "the same, CONNECT over a Unix socket", lambda stage: edge_tunnel(stage, False, True)),

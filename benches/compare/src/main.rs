@@ -8,6 +8,7 @@
 
 mod blocks;
 mod bulk;
+mod connections;
 mod konnectivity;
 mod relay;
 mod report;

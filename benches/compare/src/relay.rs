@@ -7,16 +7,15 @@ use rustls::pki_types::ServerName;
 use tokio::{
     io::copy_bidirectional_with_sizes,
     net::{TcpListener, TcpStream},
-    task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream as Dialled, server::TlsStream as Accepted};
 use tokio_util::either::Either;
 
+use crate::connections;
+
 /// The fastest of 16, 64 and 256 over two hops, in medians.
 pub(crate) const BUFFER_KIB: u16 = 64;
-/// Connections at a time; more must wait.
-const MAX_CONNECTIONS: usize = 10_000;
 /// Until a connection is there on both sides.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -40,17 +39,7 @@ pub(crate) struct Relay {
 impl Relay {
     /// Serves connections until it is dropped, and they with it.
     pub(crate) async fn serve(self, listener: &TcpListener) -> io::Result<()> {
-        let mut connections = JoinSet::new();
-        loop {
-            let (connection, _) = listener.accept().await?;
-            while connections.try_join_next().is_some() {}
-            if connections.len() >= MAX_CONNECTIONS {
-                connections.join_next().await;
-            }
-            let relay = self.clone();
-            // What breaks is noticed by its ends.
-            connections.spawn(async move { drop(relay.hand_on(connection).await) });
-        }
+        connections::serve(listener, |connection| self.clone().hand_on(connection)).await
     }
 
     async fn hand_on(self, connection: TcpStream) -> io::Result<()> {

@@ -21,12 +21,11 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    task::JoinSet,
 };
 
 use crate::{
     blocks::{self, Item, Receiver},
-    threads,
+    connections, threads,
 };
 
 /// First bytes.
@@ -39,26 +38,12 @@ pub(crate) const SOURCE: u8 = b'g';
 pub(crate) const ASKED: usize = 64;
 pub(crate) const ANSWERED: usize = 1024;
 
-/// Connections at a time; more must wait.
-const MAX_CONNECTIONS: usize = 10_000;
 const ECHO_BUFFER: usize = 64 * 1024;
 
 /// Serves connections until it is dropped, and they with it.
 pub(crate) async fn serve(listener: &TcpListener) -> io::Result<()> {
     let runs = Arc::new(Runs::default());
-    let mut connections = JoinSet::new();
-    loop {
-        let (connection, _) = listener.accept().await?;
-        while connections.try_join_next().is_some() {}
-        if connections.len() >= MAX_CONNECTIONS {
-            connections.join_next().await;
-        }
-        let runs = runs.clone();
-        connections.spawn(async move {
-            // What breaks is noticed by the driver.
-            let _ = answer(connection, runs).await;
-        });
-    }
+    connections::serve(listener, |connection| answer(connection, runs.clone())).await
 }
 
 async fn answer(mut connection: TcpStream, runs: Arc<Runs>) -> io::Result<()> {

@@ -10,28 +10,27 @@ use std::{
     collections::VecDeque,
     future::pending,
     task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::Buf;
 use clap::{Parser, ValueEnum};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy, duplex, sink, split},
+    io::{AsyncReadExt, AsyncWriteExt, copy, sink, split},
     net::UnixStream,
     runtime::Builder,
     task::JoinSet,
 };
+use tunnel_benches::{echo, link_to, open};
 use tunnel_core::{
-    Aborted, Leg, Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
+    Aborted, Leg, LinkHandle, TunnelStream,
     proto::{
         Side,
-        messages::{Hello, Welcome},
         yamux::{Batch, Config, Session},
     },
     relay,
 };
 
-const TIMEOUT: Duration = Duration::from_secs(600);
 const MIB: usize = 1 << 20;
 
 #[derive(Debug, Parser)]
@@ -62,7 +61,7 @@ fn main() {
         return session();
     }
     Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-        let (link, _tasks) = echoing_link().await;
+        let (link, _tasks) = link_to(echo_by_relay).await;
         match work {
             Work::Nothing | Work::Session => {}
             Work::Bulk => bulk(&link, 8, 32 * MIB).await,
@@ -111,44 +110,13 @@ fn carry(from: &mut Session, to: &mut Session, now: Instant) {
     drop((from.take_wakes(), to.take_wakes()));
 }
 
-/// A link whose edge echoes every stream, by the relay.
-async fn echoing_link() -> (LinkHandle, JoinSet<()>) {
-    let (near, far) = duplex(256 * 1024);
-    let config = LinkConfig::default();
-    let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
-    let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
-    let (edge, gateway) = tokio::join!(Link::connect(near, hello, config), async {
-        Link::accept(far, config).await.unwrap().welcome(welcome).unwrap()
-    });
-    let (mut edge, mut gateway) = (edge.unwrap().0, gateway);
-    let (handle, mut tasks) = (gateway.handle(), JoinSet::new());
-    tasks.spawn(async move { while !matches!(gateway.next().await, LinkEvent::Closed(_)) {} });
-    tasks.spawn(async move {
-        let mut streams = JoinSet::new();
-        while let LinkEvent::Stream(incoming) = edge.next().await {
-            let pending = incoming.header((Instant::now() + TIMEOUT).into()).await.unwrap();
-            let stream = pending.accept(String::new()).await.unwrap();
-            let (pipe, target) = UnixStream::pair().unwrap();
-            streams.spawn(async move {
-                relay(stream, pipe, pending_stop()).await;
-            });
-            streams.spawn(echo(target));
-        }
-    });
-    (handle, tasks)
-}
-
-async fn echo(target: UnixStream) {
-    let (mut reader, mut writer) = split(target);
-    copy(&mut reader, &mut writer).await.unwrap();
-    writer.shutdown().await.unwrap();
-}
-
-async fn open(link: &LinkHandle) -> TunnelStream {
-    link.open(OpenRequest { target: "edge-a:10250".to_owned(), ..OpenRequest::default() }, TIMEOUT)
-        .await
-        .unwrap()
-        .0
+/// Echoes what comes, on the other side of a relay and a socket.
+async fn echo_by_relay(stream: TunnelStream) {
+    let (near, target) = UnixStream::pair().unwrap();
+    // A task of its own, as a target is: else each would be asked whenever the other is woken.
+    let target = tokio::spawn(echo(target));
+    relay(stream, near, pending_stop()).await;
+    target.await.unwrap();
 }
 
 async fn bulk(link: &LinkHandle, streams: usize, bytes: usize) {

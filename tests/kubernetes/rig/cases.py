@@ -504,13 +504,19 @@ class Cases:
         """While nothing else makes an agent link anew: a new link before the old certificate ends, under a running log."""
         old, log = self.certificates(), len(self.tunnel.gateway.text())
         with kubectl.follow("logs", "-f", "--tail=0", "on-edge-a") as running:
-            for edge, (serial, ends) in old.items():
-                def renewed(edge=edge, serial=serial):
-                    running.line(2)
-                    linked = f"link up node={edge} " in self.tunnel.gateway.text(log)
-                    return linked and self.certificates()[edge][0] != serial
-                until(f"{edge} has a new certificate and a new link", 260, renewed)
-                check(time.time() < ends, f"the new link of {edge} came only when its old certificate had ended")
+            seen = {}
+
+            def renewed():
+                # All edges at once: one's old certificate may end before another has its new one.
+                running.line(2)
+                text, now = self.tunnel.gateway.text(log), self.certificates()
+                for edge, (serial, _) in old.items():
+                    if now[edge][0] != serial and f"link up node={edge} " in text:
+                        seen.setdefault(edge, time.time())
+                return len(seen) == len(old)
+            until("each edge has a new certificate and a new link", 260, renewed)
+            for edge, (_, ends) in old.items():
+                check(seen[edge] < ends, f"the new link of {edge} came only when its old certificate had ended")
             check("expired" not in self.tunnel.gateway.text(log), "the gateway ended a link for its certificate")
             # The old certificates are over, and what ran over their links goes on.
             deadline = uptime() + max(0, max(ends for _, ends in old.values()) - time.time()) + 5

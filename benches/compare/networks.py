@@ -35,6 +35,8 @@ class Network:
     """Seconds before each measurement: windows have to grow."""
     limit: float = 30
     """Seconds that opening streams and emptying buffers may take beside that."""
+    congestion: str = "cubic"
+    """How TCP sends. Pinned: it decides more than any system does, and machines differ in it."""
 
 
 NETWORKS = {network.name: network for network in (
@@ -42,6 +44,8 @@ NETWORKS = {network.name: network for network in (
     Network("wan", "1 Gbit/s, 50 ms", dict(rate=1000, delay=25), rtt=50, least=5, warm_up=2, limit=90),
     Network("lossy", "1 Gbit/s, 50 ms, 1 % loss each way", dict(rate=1000, delay=25, loss=1), rtt=50, least=5,
             warm_up=2, limit=90),
+    Network("lossy-bbr", "1 Gbit/s, 50 ms, 1 % loss each way, BBR", dict(rate=1000, delay=25, loss=1), rtt=50, least=5,
+            warm_up=2, limit=90, congestion="bbr"),
     Network("mobile", "4G-like: 50 Mbit/s, 60 ms, jitter 20 ms, out for 2 of 8 s",
             dict(rate=50, delay=30, jitter=20), rtt=60, outage=(8, 2),
             least=16, limit=90),
@@ -68,10 +72,10 @@ class Place:
         for host in {self.cloud, self.edge}:
             self._settle(host)
 
-    @staticmethod
-    def _settle(host: Host) -> None:
+    def _settle(self, host: Host) -> None:
         host.sh(f"cd /proc/sys/net/ipv4; echo {PORTS.stop} 65535 > ip_local_port_range; "
-                f"echo {BUFFERS} > tcp_wmem; echo {BUFFERS} > tcp_rmem")
+                f"echo {BUFFERS} > tcp_wmem; echo {BUFFERS} > tcp_rmem; "
+                f"echo {self.network.congestion} > tcp_congestion_control")
 
     def port(self) -> int:
         """For a listener: the hosts are this run's own, so all are free, and none is used twice in a row."""

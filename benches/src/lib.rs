@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, duplex, split},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy, duplex, split},
     task::JoinSet,
     time::Instant,
 };
@@ -15,6 +15,8 @@ use tunnel_core::{
     proto::messages::{Hello, Welcome},
 };
 
+/// Bytes that a side takes from the connection at once.
+const BUFFER: usize = 64 * 1024;
 /// For whatever a measurement waits for.
 pub const TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -24,13 +26,18 @@ where
     S: Fn(TunnelStream) -> F + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let (near, far) = duplex(256 * 1024);
+    let (near, far) = duplex(4 * BUFFER);
     let config = LinkConfig::default();
     let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
     let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
-    let (edge, gateway) = tokio::join!(Link::connect(near, hello, config), async {
-        Link::accept(far, config).await.unwrap().welcome(welcome).unwrap()
-    });
+    let (edge, gateway) =
+        tokio::join!(Link::connect(BufReader::with_capacity(BUFFER, near), hello, config), async {
+            Link::accept(BufReader::with_capacity(BUFFER, far), config)
+                .await
+                .unwrap()
+                .welcome(welcome)
+                .unwrap()
+        });
     let (mut edge, mut gateway) = (edge.unwrap().0, gateway);
     let (handle, mut tasks) = (gateway.handle(), JoinSet::new());
     tasks.spawn(async move { while !matches!(gateway.next().await, LinkEvent::Closed(_)) {} });

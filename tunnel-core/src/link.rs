@@ -17,7 +17,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::{AsyncBufRead, AsyncWrite, AsyncWriteExt},
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
@@ -412,7 +412,7 @@ impl Link {
     /// Cancel-safe: dropping the future drops the connection.
     pub async fn connect<T>(io: T, hello: Hello, config: LinkConfig) -> Result<(Self, Welcome), ConnectError>
     where
-        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
     {
         let now = Instant::now().into_std();
         let control = Control::dialer(hello, now, config.handshake_timeout, config.max_heartbeat);
@@ -432,7 +432,7 @@ impl Link {
     /// Cancel-safe: dropping the future drops the connection.
     pub async fn accept<T>(io: T, config: LinkConfig) -> Result<PendingLink, LinkError>
     where
-        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
     {
         let now = Instant::now();
         let control = Control::acceptor(now.into_std(), config.handshake_timeout);

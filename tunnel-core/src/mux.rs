@@ -4,7 +4,6 @@
 //! session directly, under its lock, which nobody holds longer than it takes to copy a buffer; so bytes cross no channel.
 
 use std::{
-    cell::RefCell,
     collections::VecDeque,
     fmt,
     future::{Future, poll_fn},
@@ -14,14 +13,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
 use bytes::Buf;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
 use tokio_util::{io::poll_write_buf, task::AbortOnDropHandle};
@@ -30,7 +29,7 @@ use crate::{
     proto::{
         Side,
         yamux::{
-            self, Batch, Place, Session,
+            self, Batch, Chunk, Place, Session,
             frame::{GoAway, Header},
         },
     },
@@ -41,8 +40,8 @@ pub(crate) use crate::proto::yamux::OpenFailed;
 
 /// Bytes handed to TLS at once: four full records, which leave in one system call.
 const WRITE_BATCH: usize = 64 * 1024;
-/// Bytes read at once.
-const READ_BUFFER: usize = 64 * 1024;
+/// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
+const READ_BATCH: usize = 256 * 1024;
 /// Bytes that a stream takes from the session at once, and so the most that it holds beyond its window.
 const READ_AHEAD: usize = 64 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
@@ -101,14 +100,15 @@ struct Shared(Mutex<Session>);
 impl Shared {
     /// Does something with the session, then wakes whoever has to know, without the lock.
     fn with<R>(&self, act: impl FnOnce(&mut Session) -> R) -> R {
-        let mut session = self.0.lock();
-        let result = act(&mut session);
-        let wakes = session.take_wakes();
-        drop(session);
-        for waker in wakes {
-            waker.wake();
-        }
+        let (result, wakes) = self.with_wakes(act);
+        wakes.into_iter().for_each(Waker::wake);
         result
+    }
+
+    /// Does something with the session. Whoever has to know is the caller's to wake.
+    fn with_wakes<R>(&self, act: impl FnOnce(&mut Session) -> R) -> (R, Vec<Waker>) {
+        let mut session = self.0.lock();
+        (act(&mut session), session.take_wakes())
     }
 }
 
@@ -182,7 +182,7 @@ pub(crate) struct Mux {
 impl Mux {
     pub(crate) fn start<T>(io: T, side: Side, config: MuxConfig) -> Self
     where
-        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
     {
         let heard = Arc::new(LastHeard::now());
         let shared = Arc::new(Shared(Mutex::new(Session::new(side, config.session()))));
@@ -216,7 +216,7 @@ impl<T> Drop for Driver<T> {
 }
 
 /// A future by hand: an `async fn` that takes `self` has room for it twice, and every link has one.
-impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
+impl<T: AsyncBufRead + AsyncWrite + Unpin> Future for Driver<T> {
     type Output = Result<(), MuxError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
@@ -238,7 +238,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
     }
 }
 
-impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
+impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
     /// Writes what the session has to send. Pending when there is nothing, or the connection takes no more.
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         // What TLS still holds goes first: whatever joined it would fill no record. And the later the session is
@@ -265,22 +265,48 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once, if there is something.
+    /// Reads a batch, or as much of it as there is. Readers wake when all of it is there: most of it is one stream's,
+    /// whose reader shall not run for each record.
     fn poll_read_in(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
-        BUFFER.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
-            if buffer.filled().is_empty() {
-                return Poll::Ready(Err(MuxError::ClosedByPeer));
+        let mut wakes = Vec::new();
+        let mut taken = 0;
+        let ended = loop {
+            match self.poll_read_record(cx, &mut wakes) {
+                Poll::Ready(Ok(bytes)) => taken += bytes,
+                Poll::Ready(Err(error)) => break Some(error),
+                Poll::Pending => break None,
             }
-            let now = Instant::now();
-            self.heard.note(now);
-            let received = self.shared.with(|session| session.receive(buffer.filled(), now.into_std()));
-            if let Err(error @ (yamux::Error::Header(_) | yamux::Error::Violation { .. })) = &received {
-                self.complain(cx, error);
+            if taken >= READ_BATCH {
+                break None;
             }
-            Poll::Ready(received.map_err(MuxError::from))
-        })
+        };
+        wakes.into_iter().for_each(Waker::wake);
+        match ended {
+            Some(error) => Poll::Ready(Err(error)),
+            None if taken == 0 => Poll::Pending,
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Hands what TLS has to the session, from where it lies: how many bytes.
+    fn poll_read_record(
+        &mut self,
+        cx: &mut Context<'_>,
+        wakes: &mut Vec<Waker>,
+    ) -> Poll<Result<usize, MuxError>> {
+        let bytes = ready!(Pin::new(&mut self.io).poll_fill_buf(cx))?;
+        if bytes.is_empty() {
+            return Poll::Ready(Err(MuxError::ClosedByPeer));
+        }
+        let (count, now) = (bytes.len(), Instant::now());
+        self.heard.note(now);
+        let (received, due) = self.shared.with_wakes(|session| session.receive(bytes, now.into_std()));
+        wakes.extend(due);
+        Pin::new(&mut self.io).consume(count);
+        if let Err(error @ (yamux::Error::Header(_) | yamux::Error::Violation { .. })) = &received {
+            self.complain(cx, error);
+        }
+        Poll::Ready(received.map(|()| count).map_err(MuxError::from))
     }
 
     /// Tells the far side that it broke the protocol, if that can be said at once.
@@ -291,10 +317,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             let _ = Pin::new(&mut self.io).poll_flush(cx);
         }
     }
-}
-
-thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BUFFER]);
 }
 
 /// A multiplexed stream. Its end of file means only that no more bytes will come: see [`crate::proto::ends`].
@@ -331,6 +353,20 @@ impl MuxStream {
         }
         count
     }
+
+    /// Sends all of a chunk, which is taken as it is: how many bytes. While there is no room for it, it stays.
+    pub(crate) fn poll_give(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunk: &mut Option<Chunk>,
+    ) -> Poll<io::Result<usize>> {
+        let given = self.shared.with(|session| session.poll_give(self.number, cx, chunk));
+        given.map_err(broken_pipe)
+    }
+}
+
+fn broken_pipe(ended: yamux::StreamEnded) -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, ended)
 }
 
 impl Arrived for MuxStream {
@@ -402,7 +438,7 @@ impl AsyncWrite for MuxStream {
             Poll::Ready(Ok(written))
         };
         let written = self.shared.with(write);
-        written.map_err(|ended| io::Error::new(io::ErrorKind::BrokenPipe, ended))
+        written.map_err(broken_pipe)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -445,13 +481,14 @@ impl LastHeard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 
     const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0 };
 
     #[tokio::test]
     async fn more_streams_than_allowed_are_reset_one_by_one() {
         let (near, far) = tokio::io::duplex(1 << 20);
+        let (near, far) = (BufReader::new(near), BufReader::new(far));
         let dialer = Mux::start(near, Side::Dialer, MuxConfig { max_streams: 64, ..CONFIG });
         let mut acceptor = Mux::start(far, Side::Acceptor, CONFIG);
         let mut streams = Vec::new();
@@ -473,6 +510,7 @@ mod tests {
         // Whether both are stopped in the middle of their last words depends on what is under way to the byte.
         for (one, other) in (0..32).flat_map(|one| (0..32).map(move |other| (one, other))) {
             let (near, far) = tokio::io::duplex(32);
+            let (near, far) = (BufReader::new(near), BufReader::new(far));
             let sides = [Mux::start(near, Side::Dialer, CONFIG), Mux::start(far, Side::Acceptor, CONFIG)];
             let mut streams = Vec::new();
             for (mux, more) in sides.iter().zip([one, other]) {
@@ -494,7 +532,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_that_are_not_yamux_end_the_connection_with_a_reason() {
         let (near, mut far) = tokio::io::duplex(1 << 20);
-        let mux = Mux::start(near, Side::Acceptor, CONFIG);
+        let mux = Mux::start(BufReader::new(near), Side::Acceptor, CONFIG);
         far.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         let error = mux.task.await.unwrap().unwrap_err();
         assert!(matches!(error, MuxError::Protocol(_)), "{error}");

@@ -1,11 +1,12 @@
 //! Two byte streams joined: half-close is carried as half-close, anything abnormal as a reset of the other side.
 //!
-//! Buffers are borrowed, not owned. What a leg has in memory already is handed on from where it is ([`Arrived`]);
-//! anything else is read into a scratch buffer of the thread, and only what the far side does not take at once is kept.
-//! An idle relay holds no buffer at all. As much as there is leaves in one write, so that it fills records and frames.
+//! What a leg has in memory already is handed on from where it is ([`Arrived`]). Anything else is read into a [`Chunk`]
+//! of the thread's, which a link's stream takes as it is; and what the far side does not take at once is kept in it. So
+//! bytes are not copied in between, and an idle relay holds no buffer at all. As much as there is leaves in one write, so
+//! that it fills records and frames.
 
 use std::{
-    cell::RefCell,
+    cell::Cell,
     future::poll_fn,
     io::{self, IoSlice},
     pin::Pin,
@@ -15,18 +16,19 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
     time::{Instant, Sleep, sleep},
 };
+use tokio_util::io::poll_read_buf;
 
 use crate::{
-    proto::{ends::Aborted, messages::AbortCode},
+    proto::{ends::Aborted, messages::AbortCode, yamux::Chunk},
     stream::TunnelStream,
 };
 
-/// Bytes read at once, and so the most that one direction keeps for a slow receiver.
-const SCRATCH: usize = 64 * 1024;
+/// From so many bytes on, a chunk is given away: the copy that this saves is worth more than a new chunk.
+const WORTH_GIVING: usize = 16 * 1024;
 /// Pieces in memory that are handed on at once.
 const PIECES: usize = 16;
 /// Reads of one direction before others get their turn.
@@ -36,7 +38,8 @@ const TURNS: usize = 2;
 const ASK_PERIOD: Duration = Duration::from_secs(5);
 
 thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
+    /// For the next relay that reads; nobody holds it while nobody does.
+    static CHUNK: Cell<Option<Chunk>> = const { Cell::new(None) };
 }
 
 /// Bytes that have arrived and lie in memory, to be handed on without a copy.
@@ -87,6 +90,17 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
         None
     }
+
+    /// Sends bytes of a chunk, which may be taken as it is; if not, those that are left are still in it.
+    fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
+        while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
+            match ready!(Pin::new(&mut *self).poll_write(cx, bytes.filled()))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => bytes.advance(written),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl Leg for TcpStream {
@@ -132,29 +146,6 @@ impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
     fn failure(&self) -> Option<io::Error> {
         self.get_ref().0.failure()
     }
-
-    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
-        Some(self)
-    }
-}
-
-impl<T: Leg> Arrived for tokio_rustls::server::TlsStream<T> {
-    fn poll_arrived<'a>(
-        &'a mut self,
-        cx: &mut Context<'_>,
-        pieces: &mut [IoSlice<'a>],
-    ) -> Poll<io::Result<usize>> {
-        let plaintext = ready!(Pin::new(self).poll_fill_buf(cx))?;
-        match pieces {
-            [first, ..] if !plaintext.is_empty() => *first = IoSlice::new(plaintext),
-            _ => return Poll::Ready(Ok(0)),
-        }
-        Poll::Ready(Ok(1))
-    }
-
-    fn consume(&mut self, bytes: usize) {
-        AsyncBufRead::consume(Pin::new(self), bytes);
-    }
 }
 
 impl Leg for TunnelStream {
@@ -164,6 +155,18 @@ impl Leg for TunnelStream {
 
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
         Some(self)
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
+        while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
+            if bytes.len() >= WORTH_GIVING {
+                ready!(self.poll_give(cx, chunk))?;
+            } else {
+                let written = ready!(Pin::new(&mut *self).poll_write(cx, bytes.filled()))?;
+                bytes.advance(written);
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -186,6 +189,10 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
 
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
         (**self).arrived()
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
+        (**self).poll_send(cx, chunk)
     }
 }
 
@@ -331,8 +338,7 @@ fn reason(error: io::Error) -> Aborted {
 #[derive(Default)]
 struct Direction {
     /// What the receiver has not taken yet.
-    kept: Vec<u8>,
-    taken: usize,
+    kept: Option<Chunk>,
     /// The receiver takes nothing now of what lies in the sender's memory.
     blocked: bool,
     unflushed: bool,
@@ -354,7 +360,7 @@ enum End {
 impl Direction {
     /// Whether its sender is not read now, so that its failure would go unseen.
     fn is_deaf(&self) -> bool {
-        self.end != End::Open || self.blocked || !self.kept.is_empty()
+        self.end != End::Open || self.blocked || self.kept.is_some()
     }
 
     fn poll(
@@ -367,7 +373,10 @@ impl Direction {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..TURNS {
-            ready!(self.poll_kept(cx, to)).map_err(Failure::Write)?;
+            if self.kept.is_some() {
+                ready!(to.poll_send(cx, &mut self.kept)).map_err(Failure::Write)?;
+                self.put_back();
+            }
             if self.end == End::Eof {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Failure::Write)?;
                 self.end = End::Done;
@@ -388,19 +397,6 @@ impl Direction {
         // Others get their turn.
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-
-    /// Hands on what is kept.
-    fn poll_kept(&mut self, cx: &mut Context<'_>, to: &mut impl Leg) -> Poll<io::Result<()>> {
-        while self.taken < self.kept.len() {
-            match ready!(Pin::new(&mut *to).poll_write(cx, &self.kept[self.taken..]))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                written => self.taken += written,
-            }
-        }
-        self.kept = Vec::new();
-        self.taken = 0;
-        Poll::Ready(Ok(()))
     }
 
     /// Hands on what lies in the sender's memory, as much as is taken.
@@ -433,38 +429,44 @@ impl Direction {
         Ok(Poll::Ready(()))
     }
 
-    /// Reads what there is, as far as the scratch buffer goes, and hands on what is taken at once; the rest is kept.
+    /// Reads what there is, as far as a chunk goes, and hands on what is taken at once; the rest is kept.
     fn poll_copy(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut impl Leg,
         to: &mut impl Leg,
     ) -> Result<Poll<()>, Failure> {
-        BUFFER.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            while buffer.remaining() > 0 && self.end == End::Open {
-                let before = buffer.filled().len();
-                match Pin::new(&mut *from).poll_read(cx, &mut buffer).map_err(Failure::Read)? {
-                    Poll::Pending if before == 0 => return Ok(Poll::Pending),
-                    Poll::Pending => break,
-                    Poll::Ready(()) if buffer.filled().len() == before => self.end = End::Eof,
-                    Poll::Ready(()) => {}
+        let chunk = self.kept.insert(CHUNK.take().unwrap_or_default());
+        let read = loop {
+            match poll_read_buf(Pin::new(&mut *from), cx, &mut chunk.spare()) {
+                Poll::Ready(Ok(0)) => {
+                    self.end = End::Eof;
+                    break Ok(());
                 }
+                Poll::Ready(Ok(_)) if chunk.room() > 0 => {}
+                Poll::Ready(Ok(_)) | Poll::Pending => break Ok(()),
+                Poll::Ready(Err(error)) => break Err(Failure::Read(error)),
             }
-            let mut rest = buffer.filled();
-            self.carried += rest.len() as u64;
-            self.unflushed |= !rest.is_empty();
-            while !rest.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, rest).map_err(Failure::Write)? {
-                    Poll::Ready(0) => return Err(Failure::Write(io::ErrorKind::WriteZero.into())),
-                    Poll::Ready(written) => rest = &rest[written..],
-                    Poll::Pending => {
-                        self.kept = rest.to_vec();
-                        break;
-                    }
-                }
-            }
-            Ok(Poll::Ready(()))
-        })
+        };
+        let bytes = chunk.len();
+        self.carried += bytes as u64;
+        if bytes == 0 || read.is_err() {
+            self.put_back();
+            let nothing = self.end == End::Open;
+            return read.map(|()| if nothing { Poll::Pending } else { Poll::Ready(()) });
+        }
+        self.unflushed = true;
+        if to.poll_send(cx, &mut self.kept).map_err(Failure::Write)?.is_ready() {
+            self.put_back();
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Leaves the chunk, if it was not given away, to the next that reads.
+    fn put_back(&mut self) {
+        if let Some(mut chunk) = self.kept.take() {
+            chunk.clear();
+            CHUNK.set(Some(chunk));
+        }
     }
 }

@@ -33,6 +33,7 @@ use crate::{
             Abort, AbortCode, Direction, End, Open, OpenReply, Opened, RefusalCode, Refused, control,
             open_reply,
         },
+        yamux::Chunk,
     },
     relay::Arrived,
 };
@@ -301,6 +302,39 @@ impl Arrived for TunnelStream {
     }
 }
 
+impl TunnelStream {
+    /// Sends all of a chunk as it is, without copying it. While there is no room for it, it stays where it is.
+    pub(crate) fn poll_give(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunk: &mut Option<Chunk>,
+    ) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, |mux, cx| mux.poll_give(cx, chunk))
+    }
+
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        send: impl FnOnce(&mut MuxStream, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        self.seat.entry.writer.register(cx.waker());
+        if let Some(error) = self.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        match ready!(send(&mut self.mux, cx)) {
+            Ok(bytes) => {
+                self.seat.entry.ends.lock().sent(bytes);
+                Poll::Ready(Ok(bytes))
+            }
+            // Reset by the far side, or the link is gone: the reason is on its way.
+            Err(error) => match ready!(self.poll_verdict(cx)) {
+                Ok(()) => Poll::Ready(Err(error)),
+                Err(reason) => Poll::Ready(Err(reason)),
+            },
+        }
+    }
+}
+
 impl AsyncRead for TunnelStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -321,22 +355,7 @@ impl AsyncWrite for TunnelStream {
         cx: &mut Context<'_>,
         pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        this.seat.entry.writer.register(cx.waker());
-        if let Some(error) = this.aborted() {
-            return Poll::Ready(Err(error));
-        }
-        match ready!(Pin::new(&mut this.mux).poll_write_vectored(cx, pieces)) {
-            Ok(written) => {
-                this.seat.entry.ends.lock().sent(written);
-                Poll::Ready(Ok(written))
-            }
-            // Reset by the far side, or the link is gone: the reason is on its way.
-            Err(error) => match ready!(this.poll_verdict(cx)) {
-                Ok(()) => Poll::Ready(Err(error)),
-                Err(reason) => Poll::Ready(Err(reason)),
-            },
-        }
+        self.poll_send(cx, |mux, cx| Pin::new(mux).poll_write_vectored(cx, pieces))
     }
 
     fn is_write_vectored(&self) -> bool {

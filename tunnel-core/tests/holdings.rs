@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use tokio::{io::duplex, time::timeout};
+use tokio::{
+    io::{BufReader, duplex},
+    time::timeout,
+};
 use tunnel_core::{
     Link, LinkConfig, LinkEvent, LinkHandle,
     proto::messages::{Gateway, Hello, Holding, Holdings, Welcome},
@@ -18,9 +21,10 @@ async fn pair() -> (Link, Link) {
     let (near, far) = duplex(64 * 1024);
     let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
     let welcome = Welcome { version: 1, heartbeat_ms: 60_000, ..Welcome::default() };
-    let (dialer, acceptor) = tokio::join!(Link::connect(near, hello, LinkConfig::default()), async {
-        Link::accept(far, LinkConfig::default()).await.unwrap().welcome(welcome).unwrap()
-    });
+    let (dialer, acceptor) =
+        tokio::join!(Link::connect(BufReader::new(near), hello, LinkConfig::default()), async {
+            Link::accept(BufReader::new(far), LinkConfig::default()).await.unwrap().welcome(welcome).unwrap()
+        });
     (acceptor, dialer.unwrap().0)
 }
 

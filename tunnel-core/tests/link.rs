@@ -4,7 +4,7 @@
 use std::{io, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex},
     time::Instant,
 };
 use tunnel_core::{
@@ -43,8 +43,8 @@ async fn until_closed(mut link: Link) -> LinkError {
 }
 
 async fn pair_over(near: DuplexStream, far: DuplexStream, config: LinkConfig) -> Pair {
-    let (edge, gateway) = tokio::join!(Link::connect(near, hello(), config), async {
-        let pending = Link::accept(far, config).await.unwrap();
+    let (edge, gateway) = tokio::join!(Link::connect(BufReader::new(near), hello(), config), async {
+        let pending = Link::accept(BufReader::new(far), config).await.unwrap();
         assert_eq!(pending.hello().node_claim, "edge-a");
         pending.welcome(welcome()).unwrap()
     });
@@ -319,13 +319,13 @@ async fn a_drain_reaches_the_other_side_and_stops_new_streams_only() {
 async fn a_gateway_may_reject_a_link_with_a_reason() {
     let (near, far) = duplex(64 * 1024);
     let config = LinkConfig::default();
-    let (edge, ()) = tokio::join!(Link::connect(near, hello(), config), async {
+    let (edge, ()) = tokio::join!(Link::connect(BufReader::new(near), hello(), config), async {
         let reject = Reject {
             code: RejectCode::Identity.into(),
             text: "the certificate names edge-b".to_owned(),
             retry_after_ms: 1000,
         };
-        Link::accept(far, config).await.unwrap().reject(reject).await;
+        Link::accept(BufReader::new(far), config).await.unwrap().reject(reject).await;
     });
     let error = edge.unwrap_err();
     assert_eq!(error.to_string(), "the gateway rejected the link: the certificate names edge-b");
@@ -334,10 +334,10 @@ async fn a_gateway_may_reject_a_link_with_a_reason() {
 #[tokio::test(start_paused = true)]
 async fn a_side_that_says_nothing_does_not_hold_the_handshake() {
     let (near, _silent) = duplex(64 * 1024);
-    let error = Link::accept(near, LinkConfig::default()).await.unwrap_err();
+    let error = Link::accept(BufReader::new(near), LinkConfig::default()).await.unwrap_err();
     assert_eq!(error.label(), "handshake_timeout");
     let (near, _silent) = duplex(64 * 1024);
-    let error = Link::connect(near, hello(), LinkConfig::default()).await.unwrap_err();
+    let error = Link::connect(BufReader::new(near), hello(), LinkConfig::default()).await.unwrap_err();
     assert!(error.to_string().contains("in time"), "{error}");
 }
 

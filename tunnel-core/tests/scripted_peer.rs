@@ -6,7 +6,10 @@ use std::{io, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::{io::AsyncReadExt, sync::mpsc};
+use tokio::{
+    io::{AsyncReadExt, BufReader},
+    sync::mpsc,
+};
 use tokio_util::compat::TokioAsyncReadCompatExt;
 use tunnel_core::{
     Aborted, Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
@@ -40,7 +43,7 @@ async fn scripted() -> (LinkHandle, Script) {
     });
     let config = LinkConfig { end_timeout: Duration::from_millis(300), ..LinkConfig::default() };
     let accept = tokio::spawn(async move {
-        let pending = Link::accept(far, config).await.unwrap();
+        let pending = Link::accept(BufReader::new(far), config).await.unwrap();
         pending.welcome(Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() }).unwrap()
     });
     send(&mut control, Kind::Hello(Hello { min_version: 1, max_version: 1, ..Hello::default() })).await;

@@ -12,7 +12,7 @@ use std::{
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex},
+    io::{AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf, duplex},
     sync::Notify,
     task::JoinHandle,
     time::Instant,
@@ -55,9 +55,10 @@ impl TestLink {
         let (near, far) = duplex(64 * 1024);
         let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
         let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
-        let (edge, mut gateway) = tokio::join!(Link::connect(near, hello, LinkConfig::default()), async {
-            Link::accept(far, config).await.unwrap().welcome(welcome).unwrap()
-        });
+        let (edge, mut gateway) =
+            tokio::join!(Link::connect(BufReader::new(near), hello, LinkConfig::default()), async {
+                Link::accept(BufReader::new(far), config).await.unwrap().welcome(welcome).unwrap()
+            });
         let (handle, drained) = (gateway.handle(), Arc::new(Notify::new()));
         let notify = drained.clone();
         let end = tokio::spawn(async move {

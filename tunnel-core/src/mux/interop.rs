@@ -68,7 +68,7 @@ async fn start(peer: Peer, side: Side, orders: Orders) -> (Mux, Far) {
     match peer {
         Peer::Crate => {
             let (near, far) = tokio::io::duplex(64 * 1024);
-            (Mux::start(near, side, CONFIG), start_crate(far, side, orders))
+            (Mux::start(BufReader::new(near), side, CONFIG), start_crate(far, side, orders))
         }
         Peer::Go => start_go(side, orders).await,
     }
@@ -100,7 +100,10 @@ async fn start_go(side: Side, orders: Orders) -> (Mux, Far) {
             let _ = report.send(line);
         }
     });
-    (Mux::start(io, side, CONFIG), Far { lines: reported, _tasks: tasks, _child: Some(child) })
+    (
+        Mux::start(BufReader::new(io), side, CONFIG),
+        Far { lines: reported, _tasks: tasks, _child: Some(child) },
+    )
 }
 
 /// The Go program, built if it was changed since.

@@ -450,7 +450,7 @@ mod tests {
     use std::{cell::Cell, fs, net::SocketAddr};
 
     use tokio::{
-        io::duplex,
+        io::{BufReader, duplex},
         task::JoinHandle,
         time::{sleep_until, timeout},
     };
@@ -535,14 +535,15 @@ mod tests {
             let (near, far) = duplex(64 * 1024);
             let peer = PeerAddr::Ip(SocketAddr::from(([10, 0, 0, 9], 40_000)));
             let served = tokio::spawn(async move {
-                let pending = Link::accept(far, door.settings.link).await.unwrap();
+                let pending = Link::accept(BufReader::new(far), door.settings.link).await.unwrap();
                 let identity = Ok(node("edge-a"));
                 let admitted = door.admit(identity, pending.hello()).unwrap_or_else(|no| panic!("{no:?}"));
                 door.hold(pending, admitted, expiry, peer).await;
             });
             let instance_id = InstanceId::from_random(1).to_string();
             let hello = Hello { min_version: 1, max_version: 1, instance_id, ..Hello::default() };
-            let (edge, welcome) = Link::connect(near, hello, LinkConfig::default()).await.unwrap();
+            let (edge, welcome) =
+                Link::connect(BufReader::new(near), hello, LinkConfig::default()).await.unwrap();
             Self { edge, welcome, grants, served }
         }
 

@@ -1,49 +1,88 @@
-//! Frames on their way to the connection. A frame is written where its body was collected, behind room for its header;
+//! Bytes on their way to the connection. A frame is written where its body was collected, behind room for its header;
 //! many leave in one write, and short ones share a buffer, so that they fill the records of TLS.
 
 use std::{collections::VecDeque, io::IoSlice};
 
-use bytes::Buf;
+use bytes::{Buf, BufMut, buf::Limit};
 
 use super::{
-    FRAME_BODY, SMALL,
+    CHUNK_BODY, FRAME_BODY, SMALL,
     frame::{HEADER, Header},
 };
 
-/// One frame, or several short ones.
+/// Bytes to be sent, behind room for a header: what is collected in one leaves as a frame without being copied.
 #[derive(Debug)]
-pub(super) struct Frame {
+pub struct Chunk {
     bytes: Vec<u8>,
-    /// Where the body begins; the header stands right before it.
+    /// Where the body begins. As a frame, or several short ones, where the first header does.
     start: usize,
 }
 
-impl Frame {
+impl Chunk {
+    /// An empty one, with room for as many bytes as leave at once: somewhat less than 64 KiB.
+    pub fn new() -> Self {
+        let mut bytes = Vec::with_capacity(HEADER + CHUNK_BODY);
+        bytes.resize(HEADER, 0);
+        Self { bytes, start: HEADER }
+    }
+
+    /// One for a body of so many bytes, of which it takes no more than fit one record.
     pub(super) fn with_room_for(body: usize) -> Self {
         let mut bytes = Vec::with_capacity((HEADER + body).clamp(SMALL, HEADER + FRAME_BODY));
         bytes.resize(HEADER, 0);
         Self { bytes, start: HEADER }
     }
 
-    /// Bytes of its body; of all of it, once it has its header.
-    pub(super) fn len(&self) -> usize {
+    /// What is in it.
+    pub fn filled(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    /// How many bytes those are.
+    pub fn len(&self) -> usize {
         self.bytes.len() - self.start
     }
 
-    /// Takes what fits of a body; the rest is returned.
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes that can follow without moving those that are there.
+    pub fn room(&self) -> usize {
+        self.bytes.capacity() - self.bytes.len()
+    }
+
+    /// That room, to be read into.
+    pub fn spare(&mut self) -> Limit<&mut Vec<u8>> {
+        let room = self.room();
+        (&mut self.bytes).limit(room)
+    }
+
+    /// The first bytes are no longer needed.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn advance(&mut self, bytes: usize) {
+        assert!(bytes <= self.len(), "cannot advance beyond what there is");
+        self.start += bytes;
+    }
+
+    /// Nothing in it is needed any more.
+    pub fn clear(&mut self) {
+        self.bytes.truncate(HEADER);
+        self.start = HEADER;
+    }
+
+    /// Takes what fits of a frame's body; the rest is returned.
     pub(super) fn append<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
-        let room = self.room().min(FRAME_BODY - self.len());
+        let room = self.room().min(FRAME_BODY.saturating_sub(self.len()));
         let (fits, rest) = bytes.split_at(bytes.len().min(room));
         self.bytes.extend_from_slice(fits);
         rest
     }
 
-    /// Bytes that can follow without moving those that are there.
-    fn room(&self) -> usize {
-        self.bytes.capacity() - self.bytes.len()
-    }
-
-    /// The first bytes of the body as a frame of their own. For a window that is nearly used up.
+    /// The first bytes as a body of their own. For a window that is nearly used up, or others that wait.
     pub(super) fn split_to(&mut self, body: usize) -> Self {
         let mut first = Self::with_room_for(body);
         first.bytes.extend_from_slice(&self.bytes[self.start..self.start + body]);
@@ -55,22 +94,24 @@ impl Frame {
         self.start -= HEADER;
         self.bytes[self.start..self.start + HEADER].copy_from_slice(&header.encode());
     }
+}
 
-    fn written(&self) -> &[u8] {
-        &self.bytes[self.start..]
+impl Default for Chunk {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
 /// Encoded frames, in their order.
 #[derive(Debug, Default)]
 pub struct Batch {
-    frames: VecDeque<Frame>,
+    frames: VecDeque<Chunk>,
     bytes: usize,
 }
 
 impl Batch {
-    pub(super) fn push(&mut self, frame: Frame) {
-        if !self.join(frame.written()) {
+    pub(super) fn push(&mut self, frame: Chunk) {
+        if !self.join(frame.filled()) {
             self.bytes += frame.len();
             self.frames.push_back(frame);
         }
@@ -78,7 +119,7 @@ impl Batch {
 
     pub(super) fn push_header(&mut self, header: &Header) {
         if !self.join(&header.encode()) {
-            let mut frame = Frame::with_room_for(0);
+            let mut frame = Chunk::with_room_for(0);
             frame.set_header(header);
             self.push(frame);
         }
@@ -101,13 +142,13 @@ impl Buf for Batch {
     }
 
     fn chunk(&self) -> &[u8] {
-        self.frames.front().map_or(&[], Frame::written)
+        self.frames.front().map_or(&[], Chunk::filled)
     }
 
     fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
         let count = self.frames.len().min(slices.len());
         for (slice, frame) in slices.iter_mut().zip(&self.frames) {
-            *slice = IoSlice::new(frame.written());
+            *slice = IoSlice::new(frame.filled());
         }
         count
     }
@@ -119,7 +160,7 @@ impl Buf for Batch {
             let taken = count.min(first.len());
             first.start += taken;
             count -= taken;
-            if first.len() == 0 {
+            if first.is_empty() {
                 self.frames.pop_front();
             }
         }

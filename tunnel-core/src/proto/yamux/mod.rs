@@ -11,7 +11,7 @@ mod session;
 mod stream;
 mod window;
 
-pub use batch::Batch;
+pub use batch::{Batch, Chunk};
 pub use session::{Config, Error, OpenFailed, Place, Session, StreamEnded};
 pub use window::INITIAL;
 
@@ -19,8 +19,10 @@ use frame::HEADER;
 
 /// Most plaintext that fits one TLS record (RFC 8446, section 5.1).
 const TLS_RECORD: usize = 16 * 1024;
-/// Largest body of a frame that is sent: with its header it fills one TLS record.
+/// Largest body of a frame that is put together from what is written: with its header it fills one TLS record.
 const FRAME_BODY: usize = TLS_RECORD - HEADER;
+/// Largest body of a frame that is sent: a [`Chunk`] fills four records, and leaves room for some headers beside it.
+const CHUNK_BODY: usize = 4 * TLS_RECORD - 8 * HEADER;
 /// Smallest buffer: a handful of short frames fits one.
 const SMALL: usize = 512;
 /// Bytes of one stream that wait to be sent: whole frames. More would only wait longer.

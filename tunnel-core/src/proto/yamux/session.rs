@@ -10,7 +10,7 @@ use bytes::Buf;
 
 use super::{
     FRAME_BODY,
-    batch::Batch,
+    batch::{Batch, Chunk},
     frame::{Flags, GoAway, HEADER, Header, HeaderError, Kind},
     stream::Stream,
     window::RoundTrip,
@@ -165,6 +165,14 @@ struct Output {
     sparse_had_turn: bool,
 }
 
+/// How a stream's turn to send went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Over,
+    /// It comes first in the next batch.
+    Postponed,
+}
+
 impl Session {
     /// A connection's beginning.
     pub fn new(side: Side, config: Config) -> Self {
@@ -311,6 +319,28 @@ impl Session {
         stream.sending.append(&bytes[..taken]);
         self.schedule(number);
         Poll::Ready(Ok(taken))
+    }
+
+    /// Takes all of a chunk, without copying it, once there is room: how many bytes. Until then it stays where it is.
+    pub fn poll_give(
+        &mut self,
+        number: u32,
+        cx: &mut Context<'_>,
+        chunk: &mut Option<Chunk>,
+    ) -> Poll<Result<usize, StreamEnded>> {
+        if self.state == State::Ended {
+            return Poll::Ready(Err(StreamEnded));
+        }
+        let Some(stream) = self.streams.get_mut(&number) else { return Poll::Ready(Err(StreamEnded)) };
+        if stream.sending.room().is_none() {
+            return Poll::Ready(Err(StreamEnded));
+        }
+        let Some(given) = stream.sending.give(chunk) else {
+            stream.sending.writer = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        self.schedule(number);
+        Poll::Ready(Ok(given))
     }
 
     /// No more bytes will be written: the far side reads an end behind those that were.
@@ -500,7 +530,9 @@ impl Session {
         self.transmit_own(batch);
         while has_room(batch, limit) {
             let Some(number) = self.output.next_turn() else { break };
-            self.transmit_stream(number, batch, limit);
+            if self.transmit_stream(number, batch, limit) == Turn::Postponed {
+                break;
+            }
         }
         if batch.has_remaining() {
             if let Some(number) = self.round_trip.ping(now) {
@@ -526,16 +558,22 @@ impl Session {
 
     /// A stream's turn. As many bytes in a row as leave at once anyway, so that the far side's reader gets them at once
     /// too; but one frame while a sparse stream waits.
-    fn transmit_stream(&mut self, number: u32, batch: &mut Batch, limit: usize) {
-        let Some(stream) = self.streams.get_mut(&number) else { return };
+    fn transmit_stream(&mut self, number: u32, batch: &mut Batch, limit: usize) -> Turn {
+        let Some(stream) = self.streams.get_mut(&number) else { return Turn::Over };
         if let Some(header) = stream.next_header() {
             batch.push_header(&header);
         }
-        while has_room(batch, limit)
-            && let Some(frame) = stream.next_data()
-        {
+        while has_room(batch, limit) {
+            let room = limit - batch.remaining() - HEADER;
+            let hurry = !self.output.sparse.is_empty();
+            if !hurry && batch.has_remaining() && stream.next_length() > room {
+                // Too long for what is left of this batch, but not for the next.
+                self.output.busy.push_front(number);
+                return Turn::Postponed;
+            }
+            let Some(frame) = stream.next_data(if hurry { FRAME_BODY } else { room }) else { break };
             batch.push(frame);
-            if !self.output.sparse.is_empty() {
+            if hurry {
                 break;
             }
         }
@@ -548,6 +586,7 @@ impl Session {
             self.output.busy.push_back(number);
         }
         self.forget_if_over(number);
+        Turn::Over
     }
 
     /// Gives a stream a turn if it has something to send.

@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    FRAME_BODY, SEND_BUFFER, SMALL,
-    batch::Frame,
+    CHUNK_BODY, FRAME_BODY, SEND_BUFFER, SMALL,
+    batch::Chunk,
     frame::{Flags, Header, Kind},
     window::{INITIAL, ReceiveWindow},
 };
@@ -46,7 +46,7 @@ pub(super) struct Receiving {
 /// The direction to the far side.
 #[derive(Debug)]
 pub(super) struct Sending {
-    segments: VecDeque<Frame>,
+    segments: VecDeque<Chunk>,
     /// Bytes in the segments.
     waiting: usize,
     /// What the far side takes.
@@ -194,9 +194,14 @@ impl Stream {
         })
     }
 
-    /// The next bytes.
-    pub(super) fn next_data(&mut self) -> Option<Frame> {
-        let mut frame = self.sending.next_body()?;
+    /// How many bytes the next frame has, if it may be sent whole.
+    pub(super) fn next_length(&self) -> usize {
+        self.sending.segments.front().map_or(0, Chunk::len)
+    }
+
+    /// The next bytes, no more than `most` of them.
+    pub(super) fn next_data(&mut self, most: usize) -> Option<Chunk> {
+        let mut frame = self.sending.next_body(most)?;
         let flags = std::mem::take(&mut self.sending.first);
         let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         frame.set_header(&Header { kind: Kind::Data, flags, stream: self.id, length });
@@ -232,17 +237,18 @@ impl Receiving {
             bytes = rest;
         }
         if !bytes.is_empty() {
-            let room = (bytes.len() + more).min(FRAME_BODY).max(bytes.len());
+            let room = (bytes.len() + more).min(CHUNK_BODY).max(bytes.len());
             let mut segment = Vec::with_capacity(room.max(SMALL));
             segment.extend_from_slice(bytes);
             self.segments.push_back(segment);
         }
     }
 
-    /// Moves what has arrived first, until that is `limit` bytes or more. Whether there was anything.
+    /// Moves what has arrived first, up to `limit` bytes, but not less than a segment. Whether there was anything.
     pub(super) fn take(&mut self, segments: &mut VecDeque<Vec<u8>>, limit: usize) -> bool {
         let mut taken = 0;
-        while taken < limit
+        while let Some(next) = self.segments.front()
+            && (taken == 0 || taken + next.len() <= limit)
             && let Some(segment) = self.segments.pop_front()
         {
             taken += segment.len();
@@ -282,10 +288,19 @@ impl Sending {
         while !bytes.is_empty() {
             // The rest of many bytes: more will follow, and find room.
             let room = if self.segments.is_empty() { bytes.len() } else { FRAME_BODY };
-            let mut frame = Frame::with_room_for(room);
+            let mut frame = Chunk::with_room_for(room);
             bytes = frame.append(bytes);
             self.segments.push_back(frame);
         }
+    }
+
+    /// Takes all of a chunk, if there is room.
+    pub(super) fn give(&mut self, chunk: &mut Option<Chunk>) -> Option<usize> {
+        let chunk = chunk.take_if(|_| self.waiting <= SEND_BUFFER / 2)?;
+        let bytes = chunk.len();
+        self.waiting += bytes;
+        self.segments.push_back(chunk);
+        Some(bytes)
     }
 
     /// A far side that takes nothing may be waiting in the same way for this side, which takes nothing more either.
@@ -313,13 +328,17 @@ impl Sending {
     }
 
     /// The next bytes that the far side takes, as a frame that lacks its header.
-    fn next_body(&mut self) -> Option<Frame> {
-        let allowed = usize::try_from(self.window).unwrap_or(usize::MAX).min(FRAME_BODY);
+    fn next_body(&mut self, most: usize) -> Option<Chunk> {
+        let allowed = usize::try_from(self.window).unwrap_or(usize::MAX).min(most);
         if allowed == 0 {
             return None;
         }
         let first = self.segments.front_mut()?;
-        let frame = if first.len() <= allowed { self.segments.pop_front()? } else { first.split_to(allowed) };
+        let frame = if first.len() <= allowed {
+            self.segments.pop_front()?
+        } else {
+            first.split_to(allowed.min(FRAME_BODY))
+        };
         self.waiting -= frame.len();
         self.window -= u32::try_from(frame.len()).unwrap_or(0);
         Some(frame)

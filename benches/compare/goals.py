@@ -90,6 +90,8 @@ def _requests(results: Results) -> Iterator[Goal]:
     for ours, theirs in PAIRS["konnectivity"]:
         ratio = _ratio(results, "loopback", "requests", "per_s", ours, theirs)
         yield Goal(f"new connections a second: {ours} / {theirs}", ">=", 3, _known({"requests": ratio}))
+        work = _ratio(results, "loopback", "requests", "cpu", theirs, ours)
+        yield Goal(f"new connections per CPU second: {ours} / {theirs}", ">=", 3, _known({"requests": work}))
 
 
 def _ratio(results: Results, network: str, workload: str, key: str, over: str, under: str) -> float | None:

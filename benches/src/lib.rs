@@ -31,7 +31,7 @@ where
     let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
     let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
     let (edge, gateway) =
-        tokio::join!(Link::connect(BufReader::with_capacity(BUFFER, near), hello, config), async {
+        tokio::join!(Link::connect(BufReader::with_capacity(BUFFER, near), hello, config.clone()), async {
             Link::accept(BufReader::with_capacity(BUFFER, far), config)
                 .await
                 .unwrap()

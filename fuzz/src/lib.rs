@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tunnel_core::{
     Target, identity,
     proto::{
@@ -20,7 +20,7 @@ use tunnel_core::{
         frame,
         messages::{self, AbortCode, Hello, Open, OpenReply, Welcome},
         yamux::{
-            Batch, Config, INITIAL, Session,
+            Batch, Chunk, Config, INITIAL, Session,
             frame::{Flags, HEADER, Header, Kind},
         },
     },
@@ -165,6 +165,8 @@ struct Seen {
 }
 
 const STREAMS: usize = 8;
+/// Bytes of a stream that wait to be sent: a chunk, behind half of what else may wait.
+const MOST_KEPT: u64 = (64 + 32) * 1024;
 
 impl Mux {
     fn new(side: Side, budget: usize) -> Self {
@@ -191,13 +193,12 @@ impl Mux {
                 }
             }
             (6, Some(number)) => self.read(number),
+            (7, Some(number)) if c % 2 == 1 => self.give(number, usize::from(value)),
             (7, Some(number)) => {
                 if let Poll::Ready(Ok(taken)) =
                     self.session.poll_write(number, cx, &vec![0; usize::from(value)])
                 {
-                    let seen = self.streams.entry(number).or_default();
-                    seen.written += taken as u64;
-                    assert!(seen.written - seen.sent <= 64 * 1024, "more is kept than is bounded");
+                    self.taken(number, taken);
                 }
             }
             (8, Some(number)) => self.session.finish(number),
@@ -210,6 +211,31 @@ impl Mux {
             _ => self.now += Duration::from_millis(u64::from(value)),
         }
         let _ = self.session.take_wakes();
+    }
+
+    /// Offers a chunk, which is taken whole or not at all.
+    fn give(&mut self, number: u32, bytes: usize) {
+        let cx = &mut Context::from_waker(Waker::noop());
+        let mut chunk = Chunk::new();
+        let bytes = bytes.min(chunk.room());
+        chunk.spare().put_bytes(0, bytes);
+        let mut chunk = Some(chunk);
+        let polled = self.session.poll_give(number, cx, &mut chunk);
+        match polled {
+            Poll::Ready(Ok(taken)) => {
+                assert!(chunk.is_none() && taken == bytes, "{taken} of {bytes} were taken");
+                self.taken(number, taken);
+            }
+            Poll::Ready(Err(_)) | Poll::Pending => {
+                assert!(chunk.is_some_and(|kept| kept.len() == bytes), "what was not taken is lost");
+            }
+        }
+    }
+
+    fn taken(&mut self, number: u32, bytes: usize) {
+        let seen = self.streams.entry(number).or_default();
+        seen.written += bytes as u64;
+        assert!(seen.written - seen.sent <= MOST_KEPT, "more is kept than is bounded");
     }
 
     fn hold(&mut self, number: u32) {

@@ -35,6 +35,7 @@ use crate::{
             AbortCode, Drain, Gateway, Hello, Holdings, Ingress, Open, RefusalCode, Reject, RejectCode,
             Update, Welcome,
         },
+        yamux::WindowPool,
     },
     stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };
@@ -47,7 +48,7 @@ const EVENTS_WAITING: usize = 8;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Limits of one link.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LinkConfig {
     /// Hello and Welcome must be exchanged within this time.
     pub handshake_timeout: Duration,
@@ -57,6 +58,8 @@ pub struct LinkConfig {
     pub max_streams: usize,
     /// Bytes by which all receive windows of the link together may grow beyond 256 KiB a stream.
     pub window_budget: usize,
+    /// By how much the receive windows of all links together may grow that have a part in this pool.
+    pub window_pool: Option<Arc<WindowPool>>,
     /// When a stream's bytes have ended, how long its confirmation on the control stream may take. After that the
     /// stream counts as aborted.
     pub end_timeout: Duration,
@@ -71,6 +74,7 @@ impl Default for LinkConfig {
             max_heartbeat: Duration::from_secs(60),
             max_streams: 1024,
             window_budget: 16 << 20,
+            window_pool: None,
             end_timeout: Duration::from_secs(10),
             accept_streams: true,
         }
@@ -84,7 +88,8 @@ impl LinkConfig {
     }
 
     fn mux(&self) -> MuxConfig {
-        MuxConfig { max_streams: self.max_streams, window_budget: self.window_budget }
+        let Self { max_streams, window_budget, .. } = *self;
+        MuxConfig { max_streams, window_budget, window_pool: self.window_pool.clone() }
     }
 }
 
@@ -420,7 +425,9 @@ impl Link {
         let Ok(stream) = mux.handle.open().await else { return Err(mux_end(mux.task).await.into()) };
         let mut channel = ControlChannel::new(control, stream, mux.heard.clone());
         match channel.next_event().await {
-            Ok(Event::Established(welcome)) => Ok((Self::start(Side::Dialer, mux, channel, config), welcome)),
+            Ok(Event::Established(welcome)) => {
+                Ok((Self::start(Side::Dialer, mux, channel, &config), welcome))
+            }
             Ok(Event::Rejected(reject)) => Err(ConnectError::Rejected(reject)),
             Ok(_) => Err(LinkError::Protocol("an event before the welcome".to_owned()).into()),
             Err(error) => Err(mux_cause(error, mux.task).await.into()),
@@ -457,7 +464,7 @@ impl Link {
         }
     }
 
-    fn start(side: Side, mux: Mux, channel: ControlChannel, config: LinkConfig) -> Self {
+    fn start(side: Side, mux: Mux, channel: ControlChannel, config: &LinkConfig) -> Self {
         let streams = Arc::new(Streams::new(side, config.max_streams, config.end_timeout));
         let handle = LinkHandle {
             shared: Arc::new(Shared {
@@ -539,7 +546,7 @@ impl PendingLink {
             if edge_max == 0 { self.config.max_streams } else { self.config.max_streams.min(edge_max) };
         self.channel.control.welcome(Instant::now().into_std(), welcome)?;
         let config = LinkConfig { max_streams, ..self.config };
-        Ok(Link::start(Side::Acceptor, self.mux, self.channel, config))
+        Ok(Link::start(Side::Acceptor, self.mux, self.channel, &config))
     }
 
     /// Declines the link, tells the edge why and closes the connection.

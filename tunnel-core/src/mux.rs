@@ -29,7 +29,7 @@ use crate::{
     proto::{
         Side,
         yamux::{
-            self, Batch, Chunk, Place, Session,
+            self, Batch, Chunk, Place, Session, WindowPool,
             frame::{GoAway, Header},
         },
     },
@@ -52,18 +52,25 @@ pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
 /// bytes have not left yet, count too: up to as many as this for each of the maximum, and some more.
 const STREAM_HEADROOM: (usize, usize) = (2, 64);
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct MuxConfig {
     /// Streams at once, before this side's users refuse more.
     pub(crate) max_streams: usize,
     /// Receive windows of all streams together may grow by this much beyond [`STREAM_WINDOW`] each, in bytes.
     pub(crate) window_budget: usize,
+    /// Shared with other connections: they may grow no further than that either.
+    pub(crate) window_pool: Option<Arc<WindowPool>>,
 }
 
 impl MuxConfig {
-    fn session(self) -> yamux::Config {
+    fn session(self, side: Side) -> Session {
         let (each, more) = STREAM_HEADROOM;
-        yamux::Config { max_streams: self.max_streams * each + more, window_budget: self.window_budget }
+        let max_streams = self.max_streams * each + more;
+        let session = Session::new(side, yamux::Config { max_streams, window_budget: self.window_budget });
+        match self.window_pool {
+            Some(pool) => session.sharing(pool),
+            None => session,
+        }
     }
 }
 
@@ -185,7 +192,7 @@ impl Mux {
         T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
     {
         let heard = Arc::new(LastHeard::now());
-        let shared = Arc::new(Shared(Mutex::new(Session::new(side, config.session()))));
+        let shared = Arc::new(Shared(Mutex::new(config.session(side))));
         let driver = Driver {
             io,
             shared: shared.clone(),
@@ -483,7 +490,7 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 
-    const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0 };
+    const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0, window_pool: None };
 
     #[tokio::test]
     async fn more_streams_than_allowed_are_reset_one_by_one() {

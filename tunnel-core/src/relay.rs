@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// From so many bytes on, a chunk is given away: the copy that this saves is worth more than a new chunk.
-const WORTH_GIVING: usize = 16 * 1024;
+const WORTH_GIVING: usize = 32 * 1024;
 /// Pieces in memory that are handed on at once.
 const PIECES: usize = 16;
 /// Reads of one direction before others get their turn.

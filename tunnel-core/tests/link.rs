@@ -43,7 +43,7 @@ async fn until_closed(mut link: Link) -> LinkError {
 }
 
 async fn pair_over(near: DuplexStream, far: DuplexStream, config: LinkConfig) -> Pair {
-    let (edge, gateway) = tokio::join!(Link::connect(BufReader::new(near), hello(), config), async {
+    let (edge, gateway) = tokio::join!(Link::connect(BufReader::new(near), hello(), config.clone()), async {
         let pending = Link::accept(BufReader::new(far), config).await.unwrap();
         assert_eq!(pending.hello().node_claim, "edge-a");
         pending.welcome(welcome()).unwrap()
@@ -319,7 +319,7 @@ async fn a_drain_reaches_the_other_side_and_stops_new_streams_only() {
 async fn a_gateway_may_reject_a_link_with_a_reason() {
     let (near, far) = duplex(64 * 1024);
     let config = LinkConfig::default();
-    let (edge, ()) = tokio::join!(Link::connect(BufReader::new(near), hello(), config), async {
+    let (edge, ()) = tokio::join!(Link::connect(BufReader::new(near), hello(), config.clone()), async {
         let reject = Reject {
             code: RejectCode::Identity.into(),
             text: "the certificate names edge-b".to_owned(),

@@ -1,16 +1,22 @@
-//! The relay between real TCP sockets: a FIN stays a FIN, a reset stays a reset.
+//! The relay between real TCP sockets, and from one to another over a link: a FIN stays a FIN, a reset stays a reset, and
+//! bytes stay as they are.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{future::pending, os::fd::AsFd, time::Duration};
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, duplex},
     net::{TcpListener, TcpStream},
     sync::oneshot,
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep, timeout},
 };
-use tunnel_core::{Aborted, RelayEnd, Relayed, proto::messages::AbortCode, relay};
+use tunnel_core::{
+    Aborted, Link, LinkConfig, LinkEvent, OpenRequest, RelayEnd, Relayed, TunnelStream,
+    proto::messages::{AbortCode, Hello, Welcome},
+    relay,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -42,7 +48,7 @@ async fn rig() -> Rig {
 }
 
 async fn is_reset(socket: &mut TcpStream) -> bool {
-    let read = tokio::time::timeout(TIMEOUT, socket.read(&mut [0; 1])).await.expect("the socket never ended");
+    let read = timeout(TIMEOUT, socket.read(&mut [0; 1])).await.expect("the socket never ended");
     matches!(read, Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
@@ -138,10 +144,10 @@ async fn a_relay_that_never_runs_again_resets_both_sides() {
 async fn a_reset_is_noticed_while_the_other_side_takes_nothing() {
     let Rig { mut client, mut target, relay, stop: _stop } = rig().await;
     let chunk = vec![0; 1 << 20];
-    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&chunk)).await.is_ok() {}
+    while timeout(Duration::from_millis(200), client.write_all(&chunk)).await.is_ok() {}
     SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
     drop(client);
-    let end = tokio::time::timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
+    let end = timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
     assert!(matches!(end, RelayEnd::FirstFailed(_)), "{end:?}");
     // The target gets what had arrived, and then the reset: never a clean end.
     let mut piece = vec![0; 1 << 20];
@@ -162,8 +168,102 @@ async fn a_reset_behind_a_fin_is_noticed_while_nothing_is_written() {
     assert_eq!(target.read(&mut [0; 1]).await.unwrap(), 0);
     SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
     drop(client);
-    let end = tokio::time::timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
+    let end = timeout(TIMEOUT, relay).await.expect("the reset was not noticed").unwrap().end;
     assert!(matches!(end, RelayEnd::FirstFailed(_)), "{end:?}");
     // Behind its end of file a socket tells of the reset only to who writes.
     assert!(target.write_all(b"anyone?").await.is_err() || target.write_all(b"anyone?").await.is_err());
+}
+
+/// Lengths around those at which bytes are written, given as a chunk, cut into frames or kept for the next read.
+const PIECES: [usize; 13] =
+    [1, 100, 4093, 16_371, 16_383, 16_384, 16_385, 32_745, 65_439, 65_440, 65_441, 65_536, 200_003];
+/// How often each is sent.
+const ROUNDS: usize = 12;
+
+/// The byte at a place of what one end sends: another for each place in a window, and for each end.
+fn byte(end: u8, at: usize) -> u8 {
+    ((at * 31) ^ (at >> 10) ^ (usize::from(end) * 101)).to_le_bytes()[0]
+}
+
+/// Sends all pieces, now and then with a rest, so that some are read one by one and others together.
+async fn send_pieces(end: u8, mut socket: impl AsyncWrite + Unpin) -> usize {
+    let mut at = 0;
+    for round in 0..ROUNDS {
+        for (index, length) in PIECES.into_iter().enumerate() {
+            let piece: Vec<u8> = (at..at + length).map(|at| byte(end, at)).collect();
+            socket.write_all(&piece).await.unwrap();
+            at += length;
+            if (round + index) % 5 == 0 {
+                sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+    socket.shutdown().await.unwrap();
+    at
+}
+
+/// Reads what the end sends, in small pieces and with rests in which all windows and buffers fill up.
+async fn read_slowly(end: u8, mut socket: impl AsyncRead + Unpin) -> usize {
+    let (mut piece, mut at, mut rested) = (vec![0; 30_011], 0, 0);
+    loop {
+        let count = socket.read(&mut piece).await.unwrap();
+        if count == 0 {
+            return at;
+        }
+        let wrong = piece[..count].iter().zip(at..).find(|(got, at)| **got != byte(end, *at));
+        assert_eq!(wrong, None, "what {end} sent is not what arrives");
+        at += count;
+        if at - rested > 1 << 20 {
+            sleep(Duration::from_millis(50)).await;
+            rested = at;
+        }
+    }
+}
+
+/// A stream of a link in memory whose windows do not grow, as both sides see it, and the tasks that hold the link.
+async fn stream() -> (TunnelStream, TunnelStream, JoinSet<()>) {
+    let (near, far) = duplex(64 * 1024);
+    let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
+    let welcome = Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() };
+    let config = || LinkConfig { window_budget: 0, ..LinkConfig::default() };
+    let (edge, mut gateway) = tokio::join!(Link::connect(BufReader::new(near), hello, config()), async {
+        Link::accept(BufReader::new(far), config()).await.unwrap().welcome(welcome).unwrap()
+    });
+    let (mut edge, handle, mut tasks) = (edge.unwrap().0, gateway.handle(), JoinSet::new());
+    tasks.spawn(async move { while !matches!(gateway.next().await, LinkEvent::Closed(_)) {} });
+    let open = OpenRequest { target: "edge-a:10250".to_owned(), ..OpenRequest::default() };
+    let (opened, accepted) = tokio::join!(handle.open(open, TIMEOUT), async {
+        loop {
+            if let LinkEvent::Stream(incoming) = edge.next().await {
+                let pending = incoming.header(Instant::now() + TIMEOUT).await.unwrap();
+                return pending.accept("there".to_owned()).await.unwrap();
+            }
+        }
+    });
+    tasks.spawn(async move { while !matches!(edge.next().await, LinkEvent::Closed(_)) {} });
+    (opened.unwrap().0, accepted, tasks)
+}
+
+#[tokio::test]
+async fn pieces_of_any_length_cross_a_link_unharmed_both_ways_at_once() {
+    let (client, client_leg) = connection().await;
+    let (target, target_leg) = connection().await;
+    // Little may be on its way, so that slow readers are felt.
+    for socket in [&client, &client_leg, &target, &target_leg] {
+        SockRef::from(socket).set_recv_buffer_size(64 * 1024).unwrap();
+        SockRef::from(socket).set_send_buffer_size(64 * 1024).unwrap();
+    }
+    let (gateway, edge, _link) = stream().await;
+    let at_gateway = tokio::spawn(relay(client_leg, gateway, pending()));
+    let at_edge = tokio::spawn(relay(edge, target_leg, pending()));
+    let ((from_client, to_client), (from_target, to_target)) = (client.into_split(), target.into_split());
+    let (from_client, from_target) = (read_slowly(1, from_client), read_slowly(0, from_target));
+    let (to_client, to_target) = (send_pieces(0, to_client), send_pieces(1, to_target));
+    let all = async { tokio::join!(to_client, to_target, from_client, from_target) };
+    let counts = timeout(TIMEOUT, all).await.expect("bytes wait for ever");
+    let total = ROUNDS * PIECES.iter().sum::<usize>();
+    assert_eq!(counts, (total, total, total, total));
+    let total = total as u64;
+    let clean = Relayed { forward: total, backward: total, end: RelayEnd::Clean };
+    assert_eq!((at_gateway.await.unwrap(), at_edge.await.unwrap()), (clean.clone(), clean));
 }

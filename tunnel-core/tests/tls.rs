@@ -247,7 +247,7 @@ async fn bulk_leaves_in_full_records() {
     let connector = client(Domain::Edge, &files).connector();
     let tls = connector.connect(ServerName::try_from("localhost").unwrap(), near).await.unwrap();
     let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
-    let (mut edge, _) = Link::connect(tls, hello, config).await.unwrap();
+    let (mut edge, _) = Link::connect(tls, hello, LinkConfig::default()).await.unwrap();
     let mut gateway = gateway.await.unwrap();
     let handle = gateway.handle();
     tokio::spawn(async move { while !matches!(gateway.next().await, LinkEvent::Closed(_)) {} });

@@ -14,11 +14,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Buf;
+use bytes::{Buf, BufMut};
 use proptest::prelude::*;
 use tunnel_core::proto::{
     Side,
-    yamux::{Batch, Config, Error, INITIAL, OpenFailed, Place, Session},
+    yamux::{Batch, Chunk, Config, Error, INITIAL, OpenFailed, Place, Session, StreamEnded},
 };
 
 const DATA: u8 = 0;
@@ -34,8 +34,14 @@ const RST: u16 = 8;
 const MAX: usize = 6;
 /// What a stream keeps that was not sent.
 const SEND_BUFFER: u64 = 64 * 1024;
-/// Longest body that is sent.
+/// Up to here a chunk is taken whole.
+const TAKES_CHUNK: u64 = SEND_BUFFER / 2 - 24;
+/// Longest body that is put together from what is written.
 const LONGEST: usize = 16 * 1024 - 12;
+/// Longest body that is given, and so the longest that is sent.
+const LONGEST_GIVEN: usize = 64 * 1024 - 8 * 12;
+/// Batches as the connection's driver asks for them.
+const BATCH: usize = 64 * 1024;
 /// What a frame may take, so that one stream has its turn.
 const ONE_TURN: usize = LONGEST + 12;
 const A_LOT: usize = usize::MAX;
@@ -155,6 +161,14 @@ fn read_segment(session: &mut Session, number: u32, cx: &mut Context<'_>, now: I
     polled.map(|()| segments.pop_front().unwrap_or_default())
 }
 
+/// A chunk of these bytes.
+fn chunk(bytes: &[u8]) -> Chunk {
+    let mut chunk = Chunk::new();
+    assert!(bytes.len() <= chunk.room());
+    chunk.spare().put_slice(bytes);
+    chunk
+}
+
 fn drain(batch: &mut Batch) -> Vec<u8> {
     let mut bytes = Vec::new();
     while batch.has_remaining() {
@@ -176,6 +190,8 @@ mod model {
     #[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
     struct Half {
         written: u64,
+        /// Some of it as a chunk.
+        given: bool,
         finished: bool,
         discarded: bool,
         /// Bytes that the user has read.
@@ -293,7 +309,8 @@ mod model {
                 Poll::Ready(Ok(taken)) => {
                     assert!(taken <= bytes && (taken > 0 || bytes == 0) && !half.finished && !is_ended);
                     half.written += taken as u64;
-                    assert!(half.written - half.sent <= SEND_BUFFER, "more was taken than is bounded");
+                    let is_bounded = taken == 0 || half.written - half.sent <= SEND_BUFFER;
+                    assert!(is_bounded, "more was taken than is bounded");
                     Poll::Ready(Some(taken))
                 }
                 Poll::Ready(Err(_)) => {
@@ -305,6 +322,37 @@ mod model {
                 }
                 Poll::Pending => {
                     assert!(half.written - half.sent > SEND_BUFFER / 2, "it waits although there is room");
+                    Poll::Pending
+                }
+            }
+        }
+
+        /// As [`write`](Self::write), of a chunk, which is taken whole or not at all.
+        fn give(&mut self, side: usize, number: u32, bytes: usize, flag: &Arc<Flag>) -> Poll<Option<usize>> {
+            let user = &mut self.sides[side];
+            let is_ended = user.ended;
+            let half = user.halves.get_mut(&number).unwrap();
+            let body: Vec<u8> = (0..bytes as u64).map(|i| byte(side, number, half.written + i)).collect();
+            let mut given = Some(chunk(&body));
+            let polled =
+                poll(&mut user.session, flag, |session, cx| session.poll_give(number, cx, &mut given));
+            let waited = half.written - half.sent;
+            assert_eq!(given.is_none(), matches!(polled, Poll::Ready(Ok(_))), "a chunk is lost or doubled");
+            assert!(given.is_none_or(|kept| kept.filled() == body), "what was not taken is not as it was");
+            match polled {
+                Poll::Ready(Ok(taken)) => {
+                    assert!(taken == bytes && !half.finished && !is_ended);
+                    assert!(waited <= TAKES_CHUNK, "more was taken than is bounded");
+                    half.written += taken as u64;
+                    half.given = true;
+                    Poll::Ready(Some(taken))
+                }
+                Poll::Ready(Err(StreamEnded)) => {
+                    assert!(half.finished || half.rst_heard || is_ended, "{number} takes nothing: {half:?}");
+                    Poll::Ready(None)
+                }
+                Poll::Pending => {
+                    assert!(waited > TAKES_CHUNK, "it waits although there is room");
                     Poll::Pending
                 }
             }
@@ -412,7 +460,7 @@ mod model {
                 assert!(!half.fin_sent, "{frame:?} behind an end");
                 assert!(frame.length > 0 || frame.flags & FIN != 0);
                 assert_eq!(frame.flags & !FIN, expected, "{frame:?}");
-                assert!(frame.body.len() <= LONGEST);
+                assert!(frame.body.len() <= if half.given { LONGEST_GIVEN } else { LONGEST });
                 half.sent += u64::from(frame.length);
                 assert!(half.sent <= u64::from(INITIAL) + half.window, "a window was exceeded: {half:?}");
                 half.fin_sent = frame.flags & FIN != 0;
@@ -470,6 +518,9 @@ mod model {
                 (Act::Write(bytes), Some(number)) => {
                     let _ = self.write(side, number, usize::from(bytes), &flag);
                 }
+                (Act::Give(bytes), Some(number)) => {
+                    let _ = self.give(side, number, LONGEST_GIVEN.min(bytes.into()), &flag);
+                }
                 (Act::Flood, Some(number)) => {
                     while matches!(self.write(side, number, 100_000, &flag), Poll::Ready(Some(_)))
                         && self.transmit(side, A_LOT)
@@ -494,8 +545,8 @@ mod model {
             }
         }
 
-        /// From here on everybody does only what they are woken for: accepts what comes, writes `more` to each stream
-        /// and finishes it, reads to the end. All of it must come to an end.
+        /// From here on everybody does only what they are woken for: accepts what comes, writes `more` to each stream,
+        /// or gives it, and finishes it, reads to the end. All of it must come to an end.
         pub(super) fn settle(&mut self, more: usize, chunk: usize) {
             let mut acceptors = [Flag::new(true), Flag::new(true)];
             let mut writers: BTreeMap<(usize, u32), (Arc<Flag>, usize)> = BTreeMap::new();
@@ -529,7 +580,12 @@ mod model {
                     }
                     *flag = Flag::new(false);
                     progress = true;
-                    match self.write(side, number, *left, flag) {
+                    // Now this, now that, as it comes.
+                    let sent = match *left / 10_000 % 2 {
+                        0 => self.write(side, number, *left, flag),
+                        _ => self.give(side, number, LONGEST_GIVEN.min(*left), flag),
+                    };
+                    match sent {
                         Poll::Pending => return true,
                         Poll::Ready(Some(taken)) if taken < *left => {
                             *left -= taken;
@@ -596,6 +652,8 @@ mod model {
         Open,
         Accept,
         Write(u16),
+        /// Offers a chunk, of no more than it can hold.
+        Give(u16),
         /// Writes and sends until no more is taken.
         Flood,
         Read,
@@ -622,6 +680,8 @@ mod model {
             8 => Just(Act::Accept),
             6 => (0..200u16).prop_map(Act::Write),
             6 => any::<u16>().prop_map(Act::Write),
+            3 => (0..200u16).prop_map(Act::Give),
+            6 => any::<u16>().prop_map(Act::Give),
             4 => Just(Act::Flood),
             6 => Just(Act::Read),
             4 => Just(Act::ReadAll),
@@ -752,6 +812,29 @@ mod script {
                 Poll::Ready(taken) => Some(taken.unwrap()),
                 Poll::Pending => None,
             }
+        }
+
+        /// Whether a chunk of these bytes is taken; if not, it must be as it was.
+        pub(super) fn gives(&mut self, number: u32, bytes: &[u8]) -> bool {
+            let mut given = Some(chunk(bytes));
+            match ignore(&mut self.session, |session, cx| session.poll_give(number, cx, &mut given)) {
+                Poll::Ready(taken) => assert_eq!((taken, given.is_none()), (Ok(bytes.len()), true)),
+                Poll::Pending => assert_eq!(given.as_ref().map(Chunk::filled), Some(bytes)),
+            }
+            given.is_none()
+        }
+
+        /// One batch, as it leaves in one write, without questions for the round trip.
+        pub(super) fn says_at_once(&mut self, limit: usize) -> Vec<Frame> {
+            let mut batch = Batch::default();
+            ignore(&mut self.session, |session, cx| session.transmit(&mut batch, limit, cx, self.now));
+            let bytes = drain(&mut batch);
+            assert!(bytes.len() <= limit, "{} bytes for {limit}", bytes.len());
+            let mut parser = Parser::default();
+            let mut frames = parser.feed(&bytes);
+            assert!(parser.0.is_empty(), "a part of a frame");
+            frames.retain(|frame| (frame.kind, frame.flags) != (PING, SYN));
+            frames
         }
 
         pub(super) fn cannot_write(&mut self, number: u32) -> bool {
@@ -1524,5 +1607,352 @@ mod turns {
             ignore(&mut near.session, |session, _| session.leave(place.unwrap()));
         }
         assert_eq!(Arc::strong_count(&flag), 1, "wakers were kept");
+    }
+}
+
+mod chunks {
+    //! What is given as a whole leaves as a whole, if that does others no harm.
+
+    use super::{script::Script, *};
+
+    /// Other bytes for each place in a stream.
+    fn bytes(from: usize, count: usize) -> Vec<u8> {
+        (from..from + count).map(|at| ((at * 31) ^ (at >> 10)).to_le_bytes()[0]).collect()
+    }
+
+    fn dialer() -> (Script, u32) {
+        let mut near = Script::new(Side::Dialer, 100);
+        let number = near.opens();
+        (near, number)
+    }
+
+    fn lengths(frames: &[Frame]) -> Vec<(u32, usize)> {
+        frames.iter().map(|frame| (frame.stream, frame.body.len())).collect()
+    }
+
+    fn bodies(frames: &[Frame]) -> Vec<u8> {
+        frames.iter().flat_map(|frame| frame.body.clone()).collect()
+    }
+
+    /// Everything that can be sent now, in batches.
+    fn says(near: &mut Script) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        loop {
+            match near.says_at_once(BATCH) {
+                batch if batch.is_empty() => return frames,
+                batch => frames.extend(batch),
+            }
+        }
+    }
+
+    /// Gives and sends until the window is used up and no more is taken: what was given, and what was sent of it.
+    fn fills(near: &mut Script, number: u32) -> (usize, usize) {
+        let (mut given, mut sent) = (0, 0);
+        while near.gives(number, &bytes(given, LONGEST_GIVEN)) {
+            given += LONGEST_GIVEN;
+            assert!(given < 2 * INITIAL as usize, "there is no bound");
+            let said = bodies(&says(near));
+            assert!(said == bytes(sent, said.len()));
+            sent += said.len();
+        }
+        (given, sent)
+    }
+
+    #[test]
+    fn a_chunk_arrives_whole_and_as_one_frame() {
+        let ((mut near, number), mut far) = (dialer(), Script::new(Side::Acceptor, 8));
+        let mut at = 0;
+        for length in [1, 100, LONGEST - 1, LONGEST, LONGEST + 1, 40_000, LONGEST_GIVEN] {
+            let body = bytes(at, length);
+            assert!(near.gives(number, &body));
+            let frames = near.says_at_once(BATCH);
+            assert_eq!(frames, [data(if at == 0 { SYN } else { 0 }, number, &body)]);
+            at += length;
+            far.takes(&frames);
+            let read: Vec<u8> = std::iter::from_fn(|| far.reads(number)).flatten().collect();
+            assert!(read == body, "{length} bytes are not what was given");
+        }
+    }
+
+    #[test]
+    fn a_chunk_leaves_from_where_it_was_collected() {
+        let (mut near, number) = dialer();
+        let mut given = Some(chunk(&bytes(0, LONGEST_GIVEN)));
+        let place = given.as_ref().unwrap().filled().as_ptr();
+        let taken = ignore(&mut near.session, |session, cx| session.poll_give(number, cx, &mut given));
+        assert_eq!(taken, Poll::Ready(Ok(LONGEST_GIVEN)));
+        let mut batch = Batch::default();
+        ignore(&mut near.session, |session, cx| session.transmit(&mut batch, BATCH, cx, near.now));
+        assert_eq!(batch.chunk()[12..].as_ptr(), place, "it was copied");
+    }
+
+    #[test]
+    fn what_was_used_of_a_chunk_is_not_sent() {
+        let (mut near, number) = dialer();
+        let mut given = chunk(&bytes(0, 30_000));
+        given.advance(10_000);
+        let taken = ignore(&mut near.session, |session, cx| session.poll_give(number, cx, &mut Some(given)));
+        assert_eq!(taken, Poll::Ready(Ok(20_000)));
+        assert_eq!(near.says_at_once(BATCH), [data(SYN, number, &bytes(10_000, 20_000))]);
+        // One that was used up and filled again.
+        let mut given = chunk(&bytes(0, 30_000));
+        given.advance(30_000);
+        given.clear();
+        assert!(given.is_empty() && given.room() == LONGEST_GIVEN);
+        given.spare().put_slice(b"again");
+        let taken = ignore(&mut near.session, |session, cx| session.poll_give(number, cx, &mut Some(given)));
+        assert_eq!(taken, Poll::Ready(Ok(5)));
+        assert_eq!(near.says_at_once(BATCH), [data(0, number, b"again")]);
+    }
+
+    #[test]
+    fn a_chunk_of_nothing_is_taken_and_says_nothing() {
+        let (mut near, number) = dialer();
+        assert!(near.gives(number, b""));
+        assert_eq!(near.says(), []);
+        assert!(near.gives(number, b"x") && near.gives(number, b""));
+        assert_eq!(near.says(), [data(SYN, number, b"x")]);
+        assert!(near.gives(number, b""));
+        near.session.finish(number);
+        assert_eq!(near.says(), [data(FIN, number, b"")]);
+    }
+
+    #[test]
+    fn a_chunk_that_is_not_taken_stays_and_its_owner_is_woken_once_it_is() {
+        for waiting in [2 * LONGEST, 2 * LONGEST + 1, LONGEST_GIVEN] {
+            let (mut near, number) = dialer();
+            assert!(near.gives(number, &bytes(0, waiting)));
+            let body = bytes(waiting, LONGEST_GIVEN);
+            let (flag, mut given) = (Flag::new(false), Some(chunk(&body)));
+            let mut give = |near: &mut Script| {
+                poll(&mut near.session, &flag, |session, cx| session.poll_give(number, cx, &mut given))
+            };
+            let mut sent = Vec::new();
+            if waiting > 2 * LONGEST {
+                assert_eq!((give(&mut near), give(&mut near)), (Poll::Pending, Poll::Pending));
+                assert!(!flag.is_set(), "there is no room yet");
+                sent = near.says_at_once(BATCH);
+                assert_eq!(lengths(&sent), [(number, waiting)]);
+                assert!(flag.is_set(), "there is room, and nobody is told");
+            }
+            assert_eq!(give(&mut near), Poll::Ready(Ok(LONGEST_GIVEN)));
+            assert!(given.is_none());
+            sent.extend(says(&mut near));
+            assert!(bodies(&sent) == bytes(0, waiting + LONGEST_GIVEN));
+        }
+    }
+
+    #[test]
+    fn a_chunk_is_cut_where_the_window_ends() {
+        let (mut near, number) = dialer();
+        let (given, mut at) = fills(&mut near, number);
+        assert_eq!(at, INITIAL as usize, "the window is used to its last byte, and no further");
+        // Then as it opens. What is cut is put together like what is written: in frames of one record at most.
+        let left = given - at;
+        let rest = left - 1 - 300 - LONGEST - 500;
+        for (opened, expected) in
+            [(1, vec![1]), (300, vec![300]), (LONGEST + 500, vec![LONGEST, 500]), (left, vec![rest])]
+        {
+            near.takes(&[window(0, number, u32::try_from(opened).unwrap())]);
+            let frames = says(&mut near);
+            assert_eq!(frames.iter().map(|frame| frame.body.len()).collect::<Vec<_>>(), expected);
+            let sent = bodies(&frames);
+            assert!(sent == bytes(at, sent.len()));
+            at += sent.len();
+        }
+        assert_eq!(at, given);
+    }
+
+    #[test]
+    fn whoever_waits_with_a_chunk_is_woken_when_the_window_opens() {
+        let (mut near, number) = dialer();
+        fills(&mut near, number);
+        let (flag, mut given) = (Flag::new(false), Some(chunk(b"more")));
+        let mut give = |near: &mut Script| {
+            poll(&mut near.session, &flag, |session, cx| session.poll_give(number, cx, &mut given))
+        };
+        assert_eq!(give(&mut near), Poll::Pending);
+        near.takes(&[window(0, number, INITIAL)]);
+        says(&mut near);
+        assert!(flag.is_set());
+        assert_eq!(give(&mut near), Poll::Ready(Ok(4)));
+    }
+
+    #[test]
+    fn a_keystroke_goes_before_the_rest_of_a_chunk() {
+        let (mut near, copy) = dialer();
+        let keys = [near.opens(), near.opens(), near.opens()];
+        assert!(near.gives(copy, &bytes(0, LONGEST_GIVEN)));
+        for number in keys {
+            near.writes(number, b"k");
+        }
+        let frames = near.says_at_once(BATCH);
+        let rest = LONGEST_GIVEN - 2 * LONGEST;
+        let expected =
+            [(keys[0], 1), (copy, LONGEST), (keys[1], 1), (copy, LONGEST), (keys[2], 1), (copy, rest)];
+        assert_eq!(lengths(&frames), expected);
+        let copied: Vec<Frame> = frames.into_iter().filter(|frame| frame.stream == copy).collect();
+        assert!(bodies(&copied) == bytes(0, LONGEST_GIVEN));
+    }
+
+    #[test]
+    fn a_chunk_that_does_not_fit_beside_others_comes_first_in_the_next_batch() {
+        let (mut near, one) = dialer();
+        let (two, three) = (near.opens(), near.opens());
+        for (number, length) in [(one, 30_000), (two, LONGEST_GIVEN), (three, 20_000)] {
+            assert!(near.gives(number, &bytes(0, length)));
+        }
+        assert_eq!(lengths(&near.says_at_once(BATCH)), [(one, 30_000)]);
+        assert_eq!(lengths(&near.says_at_once(BATCH)), [(two, LONGEST_GIVEN)]);
+        assert_eq!(lengths(&near.says_at_once(BATCH)), [(three, 20_000)]);
+        assert_eq!(near.says_at_once(BATCH), []);
+    }
+
+    #[test]
+    fn a_window_that_is_used_up_does_not_end_the_batch() {
+        let (mut near, full) = dialer();
+        let (keys, other) = (near.opens(), near.opens());
+        fills(&mut near, full);
+        // It has something to say, but no bytes that it may.
+        near.takes(&[data(ACK, full, &vec![1; INITIAL as usize / 2])]);
+        while near.reads(full).is_some() {}
+        near.writes(keys, &bytes(0, 1000));
+        near.writes(other, &bytes(0, LONGEST));
+        let said: Vec<(u8, u32)> =
+            near.says_at_once(BATCH).iter().map(|frame| (frame.kind, frame.stream)).collect();
+        assert_eq!(said, [(DATA, keys), (WINDOW, full), (DATA, other)]);
+    }
+
+    #[test]
+    fn chunks_and_small_writes_all_have_their_turns_in_batches_of_any_size() {
+        for limit in [16 * 1024, 20_000, 32 * 1024, BATCH, 100_000, 256 * 1024] {
+            let (mut near, first) = dialer();
+            let numbers: Vec<u32> = std::iter::once(first).chain((1..6).map(|_| near.opens())).collect();
+            let mut given = BTreeMap::new();
+            let mut sent: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+            for round in 0..400 {
+                for (index, number) in numbers.iter().enumerate() {
+                    let at = given.entry(*number).or_insert(0);
+                    // Each in another order, and of other lengths.
+                    *at += match (round + index) % 5 {
+                        0 => near.writes(*number, &bytes(*at, 200)).unwrap_or(0),
+                        1 => near.writes(*number, &bytes(*at, 20_000)).unwrap_or(0),
+                        kind => {
+                            let length = [LONGEST_GIVEN, 30_011, 16 * 1024][kind - 2];
+                            if near.gives(*number, &bytes(*at, length)) { length } else { 0 }
+                        }
+                    };
+                }
+                for frame in near.says_at_once(limit) {
+                    near.takes(&[window(0, frame.stream, frame.length)]);
+                    sent.entry(frame.stream).or_default().extend(frame.body);
+                }
+            }
+            let (least, most) =
+                (sent.values().map(Vec::len).min().unwrap(), sent.values().map(Vec::len).max().unwrap());
+            assert_eq!(sent.len(), numbers.len(), "{limit}");
+            assert!(least * 2 > most, "for {limit} between {least} and {most}");
+            for (number, sent) in sent {
+                assert!(sent == bytes(0, sent.len()), "{number} is out of order for {limit}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_that_always_has_a_little_leaves_a_chunk_every_other_turn() {
+        // Little enough to go first, and enough that the longest chunk does not fit beside it.
+        for little in [1, 84, 85, 200, 4000] {
+            let (mut near, copy) = dialer();
+            let keys = near.opens();
+            let (mut copied, mut typed) = (0, 0);
+            for _ in 0..100 {
+                near.writes(keys, &bytes(0, little));
+                near.gives(copy, &bytes(0, LONGEST_GIVEN));
+                for frame in near.says_at_once(BATCH) {
+                    near.takes(&[window(0, frame.stream, frame.length)]);
+                    *if frame.stream == copy { &mut copied } else { &mut typed } += frame.body.len();
+                }
+            }
+            assert!(copied > 25 * LONGEST_GIVEN, "of {little}: {copied} bytes in 100 batches");
+            assert!(typed > 98 * little, "of {little}: {typed} bytes in 100 batches");
+        }
+    }
+
+    #[test]
+    fn nothing_is_taken_behind_the_end() {
+        let kept = |near: &mut Script, number: u32| {
+            let mut given = Some(chunk(b"left"));
+            let polled = ignore(&mut near.session, |session, cx| session.poll_give(number, cx, &mut given));
+            assert_eq!(polled, Poll::Ready(Err(StreamEnded)));
+            assert_eq!(given.unwrap().filled(), b"left");
+        };
+        let (mut near, finished) = dialer();
+        near.session.finish(finished);
+        kept(&mut near, finished);
+        let reset = near.opens();
+        near.writes(reset, b"x");
+        near.says();
+        near.takes(&[window(RST, reset, 0)]);
+        kept(&mut near, reset);
+        let gone = near.opens();
+        near.session.discard(gone);
+        kept(&mut near, gone);
+        let open = near.opens();
+        assert!(near.gives(open, b"x"));
+        near.session.end();
+        kept(&mut near, open);
+    }
+
+    #[test]
+    fn whoever_waits_with_a_chunk_is_told_of_the_end() {
+        let ends: [fn(&mut Session, u32); 2] = [
+            |session, number| session.receive(&window(RST, number, 0).bytes(), Instant::now()).unwrap(),
+            |session, _| session.end(),
+        ];
+        for end in ends {
+            let (mut near, number) = dialer();
+            assert!(near.gives(number, &bytes(0, LONGEST_GIVEN)));
+            let (flag, mut given) = (Flag::new(false), Some(chunk(b"left")));
+            let mut give = |near: &mut Script| {
+                poll(&mut near.session, &flag, |session, cx| session.poll_give(number, cx, &mut given))
+            };
+            assert_eq!(give(&mut near), Poll::Pending);
+            ignore(&mut near.session, |session, _| end(session, number));
+            assert!(flag.is_set());
+            assert_eq!(give(&mut near), Poll::Ready(Err(StreamEnded)));
+            assert_eq!(given.unwrap().filled(), b"left");
+        }
+    }
+
+    #[test]
+    fn what_is_written_and_what_is_given_keep_their_order_before_the_end() {
+        let steps: [(bool, usize); 9] = [
+            (false, 1),
+            (true, 100),
+            (false, 2),
+            (true, 20_000),
+            (false, 3),
+            (false, 12_000),
+            (true, 0),
+            (true, 5),
+            (false, LONGEST + 700),
+        ];
+        let (mut near, number) = dialer();
+        let mut at = 0;
+        for (gives, length) in steps {
+            let body = bytes(at, length);
+            if gives {
+                assert!(near.gives(number, &body));
+            } else {
+                assert_eq!(near.writes(number, &body), Some(length));
+            }
+            at += length;
+        }
+        near.session.finish(number);
+        let frames = says(&mut near);
+        let (last, others) = frames.split_last().unwrap();
+        assert_eq!(last, &data(FIN, number, b""));
+        assert!(others.iter().all(|frame| frame.flags & FIN == 0 && frame.length > 0), "{others:?}");
+        assert!(bodies(others) == bytes(0, at));
     }
 }

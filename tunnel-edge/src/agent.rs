@@ -52,7 +52,7 @@ impl<N: Network> Agent<N> {
         let edge = Edge {
             instance,
             generations: Generations::new(SystemTime::now),
-            uplink: Uplink { tls, proxies: Proxies::new(&config.proxy), link: config.link },
+            uplink: Uplink { tls, proxies: Proxies::new(&config.proxy), link: config.link.clone() },
             dialing: Arc::new(Dialing::new(&config, node.clone(), network, metrics.clone())),
             destinations: Destinations::new(&config, first).into(),
             cluster: SharedCluster::new(cluster, metrics.clone()),

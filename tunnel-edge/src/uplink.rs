@@ -205,7 +205,7 @@ impl Uplink {
         }
         // A gateway that refuses this side's certificate says so only now: in TLS 1.3 the client's handshake is over
         // before the server has looked at it.
-        Ok(limit.hold("the gateway's welcome", Link::connect(connection, hello, self.link)).await??)
+        Ok(limit.hold("the gateway's welcome", Link::connect(connection, hello, self.link.clone())).await??)
     }
 }
 

@@ -13,14 +13,11 @@ use tunnel_edge::daemon::settings::{Flags, Size, environment};
 
 pub use pki::PkiCommand;
 
-use crate::{
-    config::{Config, Finding, PeersConfig, Settings},
-    gateway::MAX_PEER_LINKS,
-};
+use crate::config::{Config, Finding, PeersConfig, Settings};
 
-/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, and the window of an
-/// HTTP/2 stream.
-const RELAY_BUFFERS: usize = 2 * 64 * 1024 + 256 * 1024;
+/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, two of the same size that
+/// wait for the link, and the window of an HTTP/2 stream.
+const RELAY_BUFFERS: usize = 4 * 64 * 1024 + 256 * 1024;
 /// What a stream's receive window holds before it grows into the link's budget.
 const STREAM_WINDOW: usize = 256 * 1024;
 
@@ -194,38 +191,28 @@ fn meeting(peers: &PeersConfig) -> String {
 fn memory(config: &Config) -> String {
     let (ingress, link) = (&config.ingress, &config.link);
     let streams = ingress.max_streams.min(config.edges.max_links.saturating_mul(link.max_streams));
-    // Only a link that carries a stream can have grown its windows.
-    let busy_links = streams.min(config.edges.max_links);
     let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
-    let of_links = busy_links.saturating_mul(link.window_budget);
+    let of_windows = link.window_pool.as_ref().map_or(0, |pool| pool.left());
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
-    let peer_links = config.peers.as_ref().map_or(0, |_| 2 * MAX_PEER_LINKS);
-    let peer_window = config.peers.as_ref().map_or(0, |peers| peers.link.window_budget);
     // What is handed on has a second window, on the link of the peer.
-    let of_hops = if peer_links > 0 { streams.saturating_mul(STREAM_WINDOW) } else { 0 };
-    let of_peers = peer_links.saturating_mul(peer_window).saturating_add(of_hops);
-    let total = of_streams.saturating_add(of_links).saturating_add(of_heads).saturating_add(of_peers);
-    let peers = if peer_links > 0 {
-        format!(
-            "      {:>10}  {peer_links} links of peers x {} (peers.receive_window), and {streams} streams x {}\n",
-            rounded(of_peers),
-            Size(peer_window),
-            Size(STREAM_WINDOW),
-        )
+    let of_hops = config.peers.as_ref().map_or(0, |_| streams.saturating_mul(STREAM_WINDOW));
+    let total = of_streams.saturating_add(of_windows).saturating_add(of_heads).saturating_add(of_hops);
+    let peers = if of_hops > 0 {
+        let (of_hops, window) = (rounded(of_hops), Size(STREAM_WINDOW));
+        format!("      {of_hops:>10}  {streams} streams x {window} on links between gateways\n")
     } else {
         String::new()
     };
     format!(
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
-      {:>10}  {busy_links} links x {} (link.receive_window)
+      {:>10}  windows that have grown (link.receive_window_total)
       {:>10}  {} connections x {} (ingress.max_header_size)
 {peers}",
         rounded(total),
         rounded(of_streams),
         Size(STREAM_WINDOW + RELAY_BUFFERS),
-        rounded(of_links),
-        Size(link.window_budget),
+        rounded(of_windows),
         rounded(of_heads),
         ingress.max_connections,
         Size(ingress.max_header_size),

@@ -9,11 +9,13 @@ use std::{
     fmt, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use tunnel_core::{
     GatewayId, LinkConfig, Target,
+    proto::yamux::WindowPool,
     tls::{Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -120,6 +122,9 @@ settings_group! {
         max_streams: usize = "1024",
         /// Memory by which all receive windows of a link together may grow beyond 256KiB a stream.
         receive_window: Size = "16MiB",
+        /// The same for all links at once, those to other gateways too. Whoever comes when it is used up has 256KiB a
+        /// stream, until others' streams end.
+        receive_window_total: Size = "1GiB",
     }
 }
 
@@ -294,7 +299,8 @@ impl Settings {
         let gateway_id = self.gateway_id(problems);
         let edges = self.edges(problems);
         let ingress = self.ingress(problems);
-        let peers = self.peers.config(&self.etcd, problems);
+        let windows = Arc::new(WindowPool::new(self.link.receive_window_total.value.0));
+        let peers = self.peers.config(&self.etcd, &windows, problems);
         Some(Config {
             gateway_id: gateway_id?,
             grants: grant::table(self.gateway.grants.value),
@@ -307,6 +313,7 @@ impl Settings {
                 handshake_timeout: self.edges.handshake_timeout.value,
                 max_streams: self.link.max_streams.value,
                 window_budget: self.link.receive_window.value.0,
+                window_pool: Some(windows),
                 // Streams go from the gateway to the edge only.
                 accept_streams: false,
                 ..LinkConfig::default()
@@ -333,6 +340,7 @@ impl Settings {
         problems.within(&self.link.heartbeat, &(Duration::from_millis(100)..=HOUR), duration);
         problems.within(&self.link.max_streams, &(1..=65_536), usize::to_string);
         problems.within(&self.link.receive_window, &(Size(0)..=Size(4 << 30)), |size| *size);
+        problems.within(&self.link.receive_window_total, &(Size(0)..=Size(1 << 40)), |size| *size);
         problems.within(&self.drain.delay, &(Duration::ZERO..=HOUR), duration);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
     }

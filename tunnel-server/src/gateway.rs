@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// Links of peers at one time. A full mesh of more gateways is not what this is for.
-pub(crate) const MAX_PEER_LINKS: usize = 256;
+const MAX_PEER_LINKS: usize = 256;
 /// How often the credentials' files are looked at.
 const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 /// How long after its start a gateway is not ready while it does not know the cluster's nodes. Not longer: were the API
@@ -244,7 +244,7 @@ impl Readiness {
 impl Gateway {
     /// A gateway without doors, and the only one. Its metrics are registered in `metrics`.
     pub fn new(settings: GatewaySettings, metrics: &mut MetricsRegistry) -> Self {
-        Self::build(settings, None, Metrics::new(metrics))
+        Self::build(settings, None, metrics)
     }
 
     /// A gateway without doors, one of several, which find one another by a list of where each listens for the others.
@@ -255,7 +255,7 @@ impl Gateway {
         list: Vec<Member>,
         metrics: &mut MetricsRegistry,
     ) -> Self {
-        Self::build(settings, Some((peers, Meeting::List(list))), Metrics::new(metrics))
+        Self::build(settings, Some((peers, Meeting::List(list))), metrics)
     }
 
     /// As [`Self::among_peers`], for gateways that find one another through etcd.
@@ -265,10 +265,18 @@ impl Gateway {
         etcd: Arc<Etcd>,
         metrics: &mut MetricsRegistry,
     ) -> Self {
-        Self::build(settings, Some((peers, Meeting::Etcd(etcd))), Metrics::new(metrics))
+        Self::build(settings, Some((peers, Meeting::Etcd(etcd))), metrics)
     }
 
-    fn build(settings: GatewaySettings, peers: Option<(PeerSettings, Meeting)>, metrics: Metrics) -> Self {
+    fn build(
+        settings: GatewaySettings,
+        peers: Option<(PeerSettings, Meeting)>,
+        metrics: &mut MetricsRegistry,
+    ) -> Self {
+        if let Some(pool) = &settings.link.window_pool {
+            Metrics::watch_windows(pool.clone(), metrics);
+        }
+        let metrics = Metrics::new(metrics);
         let stages = Stages::default();
         let grants = SharedGrants::new(settings.grants.clone());
         let registry = Registry::new(settings.links, metrics.clone());
@@ -287,7 +295,7 @@ impl Gateway {
             let link = LinkConfig {
                 handshake_timeout: settings.handshake_timeout,
                 accept_streams: false,
-                ..peers.link
+                ..peers.link.clone()
             };
             let mesh =
                 Mesh::new(own.clone(), directory.clone(), link, settings.handshake_timeout, metrics.clone());
@@ -373,7 +381,7 @@ impl Gateway {
             link: LinkConfig {
                 handshake_timeout: self.settings.handshake_timeout,
                 accept_streams: true,
-                ..peering.settings.link
+                ..peering.settings.link.clone()
             },
             registry: self.registry.clone(),
             router: self.router.clone(),
@@ -556,7 +564,7 @@ fn edge_settings(settings: &GatewaySettings) -> EdgeSettings {
         handshake_timeout: settings.handshake_timeout,
         // Edges are told at the very beginning, and streams have as long as this gateway gives them.
         drain_timeout: settings.drain_delay.saturating_add(settings.drain_timeout),
-        link: settings.link,
+        link: settings.link.clone(),
     }
 }
 

@@ -60,7 +60,7 @@ impl fmt::Display for Identifier {
 
 /// Who serves a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Holder {
+pub enum Holder {
     /// Nobody.
     None,
     /// This node alone.
@@ -169,7 +169,7 @@ impl Grants {
     }
 
     /// Whether the policy speaks of this node at all.
-    pub(crate) fn knows(&self, node: &NodeId) -> bool {
+    pub fn knows(&self, node: &NodeId) -> bool {
         self.by_node.contains_key(node)
     }
 
@@ -188,7 +188,7 @@ impl Grants {
     /// Nodes count whether they are connected or not. Were they not, a stream for one site would reach another that
     /// uses the same addresses, whenever the first is offline. For the same reason only exact grants count while nodes
     /// are still to come: one of those may hold the address that a network or the default route would catch.
-    pub(crate) fn holder(&self, host: &Host) -> Holder {
+    pub fn holder(&self, host: &Host) -> Holder {
         let by_default = || self.holders.get(&Identifier::DefaultRoute).filter(|_| self.unread.is_none());
         Holder::of(self.granted_to(host).or_else(by_default))
     }

@@ -46,7 +46,7 @@ pub use {
     cluster::{Access, AccessError},
     edges::registry::LinkLimits,
     gateway::{Gateway, GatewaySettings, PeerSettings, Readiness},
-    grants::{Grants, Identifier, IdentifierError},
+    grants::{Grants, Holder, Identifier, IdentifierError},
     listener::{Accept, PeerAddr, UnixDoor},
     peers::Member,
     process::{Addresses, BoundGateway, StartError, run},

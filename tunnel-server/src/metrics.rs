@@ -2,14 +2,21 @@
 //! and the ingress; encoded by the admin endpoint. All label values come from fixed lists: no node name, no address
 //! and nothing that a far side says becomes a label.
 
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        MetricType,
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
     registry::{Registry, Unit},
 };
-use tunnel_core::{RelayEnd, Relayed, tls::Domain};
+use tunnel_core::{RelayEnd, Relayed, proto::yamux::WindowPool, tls::Domain};
 
 /// Upper bounds of the connect histogram's buckets, in seconds: from a node next door to a dial time-out.
 const CONNECT_BUCKETS: [f64; 10] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
@@ -42,6 +49,19 @@ struct Reply {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Direction {
     direction: &'static str,
+}
+
+/// What is left for windows to grow, asked for when it is told.
+#[derive(Debug)]
+struct WindowsLeft(Arc<WindowPool>);
+
+impl Collector for WindowsLeft {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let left = ConstGauge::new(i64::try_from(self.0.left()).unwrap_or(i64::MAX));
+        let help = "Memory by which receive windows may still grow (link.receive_window_total)";
+        let unit = Some(&Unit::Bytes);
+        left.encode(encoder.encode_descriptor("receive_windows_left", help, unit, MetricType::Gauge)?)
+    }
 }
 
 /// What a gateway counts. Cheap to clone; clones count together.
@@ -106,6 +126,12 @@ impl Metrics {
         metrics.register_peers(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_requests(registry.sub_registry_with_prefix("tunnel_server"));
         metrics
+    }
+
+    /// Registers what is left of `pool`.
+    pub(crate) fn watch_windows(pool: Arc<WindowPool>, registry: &mut Registry) {
+        let server = registry.sub_registry_with_prefix("tunnel_server");
+        server.register_collector(Box::new(WindowsLeft(pool)));
     }
 
     fn register_links(&self, server: &mut Registry) {

@@ -223,7 +223,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         gateway_id: config.gateway_id.clone(),
         heartbeat: config.heartbeat,
         handshake_timeout: edges.handshake_timeout,
-        link: config.link,
+        link: config.link.clone(),
         links: LinkLimits { total: edges.max_links, per_node: edges.max_links_per_node },
         grants: config.grants.clone(),
         dial_timeout: ingress.dial_timeout,
@@ -250,7 +250,7 @@ fn among_peers(
     let peer_settings = PeerSettings {
         edge_address: config.edges.address.clone(),
         heartbeat: peers.heartbeat,
-        link: LinkConfig { handshake_timeout: config.edges.handshake_timeout, ..peers.link },
+        link: LinkConfig { handshake_timeout: config.edges.handshake_timeout, ..peers.link.clone() },
         ..PeerSettings::new(instance)
     };
     match &peers.finding {

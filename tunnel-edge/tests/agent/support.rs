@@ -204,7 +204,7 @@ impl Gateway {
             let (stream, _) = self.listener.accept().await.unwrap();
             let stream = self.tls.acceptor().accept(stream).await?;
             let certificate = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
-            Ok(Pending { link: Link::accept(stream, self.link).await.unwrap(), certificate })
+            Ok(Pending { link: Link::accept(stream, self.link.clone()).await.unwrap(), certificate })
         };
         timeout(LIMIT, accept).await.expect("no edge came")
     }

@@ -1,10 +1,11 @@
 //! The settings of a gateway that is one of several: how they find one another, and how they connect.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 use tunnel_core::{
     Host, LinkConfig, Target,
+    proto::yamux::WindowPool,
     tls::{ClientTls, Domain, Files},
 };
 use tunnel_edge::{
@@ -86,7 +87,12 @@ pub enum Finding {
 
 impl PeersSettings {
     /// What was set; `None` if this is the only gateway, or if something is wrong, which is noted.
-    pub(super) fn config(&self, etcd: &EtcdSettings, problems: &mut Problems) -> Option<PeersConfig> {
+    pub(super) fn config(
+        &self,
+        etcd: &EtcdSettings,
+        windows: &Arc<WindowPool>,
+        problems: &mut Problems,
+    ) -> Option<PeersConfig> {
         self.check_ranges(problems);
         let etcd_config = etcd.config(problems);
         if !self.gateways.is_empty() && !etcd.endpoints.is_empty() {
@@ -128,6 +134,7 @@ impl PeersSettings {
             link: LinkConfig {
                 max_streams: self.max_streams.value,
                 window_budget: self.receive_window.value.0,
+                window_pool: Some(windows.clone()),
                 ..LinkConfig::default()
             },
         })

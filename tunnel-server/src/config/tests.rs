@@ -39,6 +39,7 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!(config.ingress.max_header_size, 16 * 1024);
     assert_eq!(config.heartbeat, Duration::from_secs(10));
     assert_eq!((config.link.max_streams, config.link.window_budget), (1024, 16 << 20));
+    assert_eq!(config.link.window_pool.unwrap().left(), 1 << 30);
     assert_eq!(config.admin.unwrap().port(), 8132);
 }
 

@@ -176,7 +176,7 @@ impl EdgeDoor {
         let deadline = self.settings.handshake_timeout;
         let conn = handshake(&self.tls, Domain::Edge, conn, peer, deadline, &self.metrics).await?;
         let (identity, expiry) = (identity(&conn), expiry(&conn));
-        match Link::accept(conn, self.settings.link).await {
+        match Link::accept(conn, self.settings.link.clone()).await {
             Ok(pending) => Some((pending, identity, expiry)),
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
@@ -535,7 +535,7 @@ mod tests {
             let (near, far) = duplex(64 * 1024);
             let peer = PeerAddr::Ip(SocketAddr::from(([10, 0, 0, 9], 40_000)));
             let served = tokio::spawn(async move {
-                let pending = Link::accept(BufReader::new(far), door.settings.link).await.unwrap();
+                let pending = Link::accept(BufReader::new(far), door.settings.link.clone()).await.unwrap();
                 let identity = Ok(node("edge-a"));
                 let admitted = door.admit(identity, pending.hello()).unwrap_or_else(|no| panic!("{no:?}"));
                 door.hold(pending, admitted, expiry, peer).await;

@@ -91,7 +91,7 @@ impl PeerDoor {
     pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
         let shaking = handshake(&self.tls, Domain::Peer, conn, peer, self.handshake_timeout, &self.metrics);
         let Some(conn) = shaking.await else { return };
-        let pending = match Link::accept(conn, self.link).await {
+        let pending = match Link::accept(conn, self.link.clone()).await {
             Ok(pending) => pending,
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Peer, error.label());

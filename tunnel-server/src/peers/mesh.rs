@@ -490,7 +490,7 @@ impl Keeper {
         if connection.get_ref().1.alpn_protocol() != Some(ALPN_PEER) {
             return Err(PeerError::Alpn);
         }
-        let connected = Link::connect(connection, self.mesh.hello(), self.mesh.config).await;
+        let connected = Link::connect(connection, self.mesh.hello(), self.mesh.config.clone()).await;
         let (link, welcome) = match connected {
             Ok(connected) => connected,
             Err(ConnectError::Rejected(reject)) if reject.code() == RejectCode::SameGateway => {

@@ -10,6 +10,9 @@ use super::{
     frame::{HEADER, Header},
 };
 
+/// Longest frame that is copied to share a buffer with the one before.
+const SHORT: usize = FRAME_BODY / 4;
+
 /// Bytes to be sent, behind room for a header: what is collected in one leaves as a frame without being copied.
 #[derive(Debug)]
 pub struct Chunk {
@@ -127,6 +130,9 @@ impl Batch {
 
     /// Puts a short frame into the last one's buffer, if that has room.
     fn join(&mut self, written: &[u8]) -> bool {
+        if written.len() > SHORT {
+            return false;
+        }
         let Some(last) = self.frames.back_mut().filter(|last| written.len() <= last.room()) else {
             return false;
         };

@@ -13,7 +13,7 @@ mod window;
 
 pub use batch::{Batch, Chunk};
 pub use session::{Config, Error, OpenFailed, Place, Session, StreamEnded};
-pub use window::INITIAL;
+pub use window::{INITIAL, WindowPool};
 
 use frame::HEADER;
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
     task::{Context, Poll, Waker},
     time::Instant,
 };
@@ -13,7 +14,7 @@ use super::{
     batch::{Batch, Chunk},
     frame::{Flags, GoAway, HEADER, Header, HeaderError, Kind},
     stream::Stream,
-    window::RoundTrip,
+    window::{Budget, RoundTrip, WindowPool},
 };
 use crate::proto::Side;
 
@@ -119,8 +120,7 @@ pub struct Session {
     unacknowledged: usize,
     input: Input,
     round_trip: RoundTrip,
-    /// What is left of it.
-    window_budget: usize,
+    window_budget: Budget,
     output: Output,
     state: State,
     /// Whoever calls `transmit`, while there was nothing to send.
@@ -188,12 +188,18 @@ impl Session {
             unacknowledged: 0,
             input: Input::START,
             round_trip: RoundTrip::default(),
-            window_budget: config.window_budget,
+            window_budget: Budget::new(config.window_budget),
             output: Output::default(),
             state: State::Open,
             transmitter: None,
             wakes: Vec::new(),
         }
+    }
+
+    /// The same, whose windows also grow no further than a pool allows that is shared with others.
+    pub fn sharing(mut self, pool: Arc<WindowPool>) -> Self {
+        self.window_budget.share(pool);
+        self
     }
 
     /// Whoever has to be woken for what was done last.
@@ -567,8 +573,10 @@ impl Session {
             let room = limit - batch.remaining() - HEADER;
             let hurry = !self.output.sparse.is_empty();
             if !hurry && batch.has_remaining() && stream.next_length() > room {
-                // Too long for what is left of this batch, but not for the next.
+                // Too long for what is left of this batch, but not for the next, where no sparse stream goes before it:
+                // beside one that says a little each time it would never fit.
                 self.output.busy.push_front(number);
+                self.output.sparse_had_turn = true;
                 return Turn::Postponed;
             }
             let Some(frame) = stream.next_data(if hurry { FRAME_BODY } else { room }) else { break };
@@ -605,7 +613,7 @@ impl Session {
             return;
         }
         let Some(stream) = self.streams.remove(&number) else { return };
-        self.window_budget += stream.receiving.window.grown();
+        self.window_budget.give_back(stream.receiving.window.grown());
         if stream.unacknowledged {
             self.unacknowledged -= 1;
             self.openers.due = true;

@@ -10,7 +10,7 @@ use super::{
     CHUNK_BODY, FRAME_BODY, SEND_BUFFER, SMALL,
     batch::Chunk,
     frame::{Flags, Header, Kind},
-    window::{INITIAL, ReceiveWindow},
+    window::{Budget, INITIAL, ReceiveWindow},
 };
 
 /// Most bytes that go before those of streams that have many.
@@ -194,9 +194,10 @@ impl Stream {
         })
     }
 
-    /// How many bytes the next frame has, if it may be sent whole.
+    /// How many bytes the next frame has, if it may be sent whole. None if the window cuts it: a part fits anywhere.
     pub(super) fn next_length(&self) -> usize {
-        self.sending.segments.front().map_or(0, Chunk::len)
+        let length = self.sending.segments.front().map_or(0, Chunk::len);
+        if u32::try_from(length).is_ok_and(|length| length <= self.sending.window) { length } else { 0 }
     }
 
     /// The next bytes, no more than `most` of them.
@@ -259,7 +260,7 @@ impl Receiving {
     }
 
     /// Sees whether the sender shall be told that it may send more.
-    pub(super) fn make_room(&mut self, now: Instant, rtt: Option<Duration>, budget: &mut usize) {
+    pub(super) fn make_room(&mut self, now: Instant, rtt: Option<Duration>, budget: &mut Budget) {
         if !self.ended {
             self.update += self.window.update(self.unread, now, rtt, budget).unwrap_or(0);
         }
@@ -299,7 +300,10 @@ impl Sending {
         let chunk = chunk.take_if(|_| self.waiting <= SEND_BUFFER / 2)?;
         let bytes = chunk.len();
         self.waiting += bytes;
-        self.segments.push_back(chunk);
+        // An empty frame would only be a word for nothing.
+        if bytes > 0 {
+            self.segments.push_back(chunk);
+        }
         Some(bytes)
     }
 

@@ -8,6 +8,10 @@
 
 use std::{
     collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -20,6 +24,78 @@ const PING_PERIOD: Duration = Duration::from_secs(10);
 const SAMPLES: usize = 8;
 /// Shorter round trips count as this: on a fast network, waking up takes longer than the way.
 const SHORTEST: Duration = Duration::from_millis(1);
+
+/// Memory by which the receive windows of many connections may grow together, in bytes. What one took is for others when
+/// its streams have ended.
+#[derive(Debug)]
+pub struct WindowPool {
+    left: AtomicUsize,
+}
+
+impl WindowPool {
+    /// A pool of so many bytes.
+    pub fn new(bytes: usize) -> Self {
+        Self { left: AtomicUsize::new(bytes) }
+    }
+
+    /// Bytes that nobody has taken.
+    pub fn left(&self) -> usize {
+        self.left.load(Relaxed)
+    }
+
+    /// As many of `wanted` bytes as there are.
+    fn take(&self, wanted: usize) -> usize {
+        let taken = |left: usize| left.min(wanted);
+        let before = self.left.fetch_update(Relaxed, Relaxed, |left| Some(left - taken(left)));
+        taken(before.unwrap_or(0))
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Relaxed);
+    }
+}
+
+/// By how much the windows of one connection may still grow: its own limit, and what there is in the pool.
+#[derive(Debug)]
+pub(super) struct Budget {
+    left: usize,
+    taken: usize,
+    pool: Option<Arc<WindowPool>>,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self { left: bytes, taken: 0, pool: None }
+    }
+
+    /// From now on, also no more than the pool has.
+    pub(super) fn share(&mut self, pool: Arc<WindowPool>) {
+        self.pool = Some(pool);
+    }
+
+    /// As much of `wanted` bytes as there is.
+    fn take(&mut self, wanted: usize) -> usize {
+        let wanted = wanted.min(self.left);
+        let taken = self.pool.as_ref().map_or(wanted, |pool| pool.take(wanted));
+        self.left -= taken;
+        self.taken += taken;
+        taken
+    }
+
+    pub(super) fn give_back(&mut self, bytes: usize) {
+        self.left += bytes;
+        self.taken -= bytes;
+        if let Some(pool) = &self.pool {
+            pool.give_back(bytes);
+        }
+    }
+}
+
+impl Drop for Budget {
+    fn drop(&mut self) {
+        self.give_back(self.taken);
+    }
+}
 
 /// The receiving side of one stream's flow control.
 #[derive(Debug)]
@@ -55,7 +131,7 @@ impl ReceiveWindow {
         unread: usize,
         now: Instant,
         rtt: Option<Duration>,
-        budget: &mut usize,
+        budget: &mut Budget,
     ) -> Option<u32> {
         let unread = u32::try_from(unread).unwrap_or(u32::MAX);
         let consumed = (self.size - self.open).saturating_sub(unread);
@@ -63,9 +139,8 @@ impl ReceiveWindow {
             return None;
         }
         let soon = rtt.is_some_and(|rtt| now.saturating_duration_since(self.updated) < rtt.max(SHORTEST) / 2);
-        let growth = if soon { self.size.min(u32::try_from(*budget).unwrap_or(u32::MAX)) } else { 0 };
-        let growth = growth.min(i32::MAX as u32 - self.size);
-        *budget -= growth as usize;
+        let wanted = if soon { self.size.min(i32::MAX as u32 - self.size) } else { 0 };
+        let growth = u32::try_from(budget.take(wanted as usize)).unwrap_or(0);
         self.size += growth;
         self.open += consumed + growth;
         self.updated = now;
@@ -117,7 +192,7 @@ mod tests {
 
     /// A sender that always fills the window, over a way of `rtt` and `rate` bytes a second: the window's size at last.
     fn settled(rtt: Duration, rate: f64, budget: usize) -> u32 {
-        let (mut now, mut left) = (Instant::now(), budget);
+        let (mut now, mut left) = (Instant::now(), Budget::new(budget));
         let mut window = ReceiveWindow::new(now);
         for _ in 0..1000 {
             let quarter = window.size / 4;
@@ -127,7 +202,7 @@ mod tests {
             assert!(window.take(quarter));
             assert!(window.update(0, now, Some(rtt), &mut left).is_some());
         }
-        assert_eq!(left + window.grown(), budget);
+        assert_eq!((left.left + window.grown(), left.taken), (budget, window.grown()));
         window.size
     }
 
@@ -150,11 +225,27 @@ mod tests {
     }
 
     #[test]
+    fn many_connections_share_a_pool_and_give_back_what_they_took() {
+        let pool = Arc::new(WindowPool::new(1_000_000));
+        let mut budgets = [1_000_000, 400_000].map(Budget::new);
+        for budget in &mut budgets {
+            budget.share(pool.clone());
+        }
+        let [first, second] = &mut budgets;
+        assert_eq!((first.take(700_000), second.take(500_000), first.take(1)), (700_000, 300_000, 0));
+        first.give_back(200_000);
+        // Its own limit counts too.
+        assert_eq!((second.take(500_000), pool.left()), (100_000, 100_000));
+        drop(budgets);
+        assert_eq!(pool.left(), 1_000_000);
+    }
+
+    #[test]
     fn a_reader_that_takes_nothing_gets_nothing_more() {
         let now = Instant::now();
         let mut window = ReceiveWindow::new(now);
         assert!(window.take(INITIAL));
-        let mut budget = 1 << 20;
+        let mut budget = Budget::new(1 << 20);
         assert_eq!(window.update(INITIAL as usize, now, Some(MS), &mut budget), None);
         assert_eq!(window.update((INITIAL - INITIAL / 4 + 1) as usize, now, Some(MS), &mut budget), None);
         assert!(!window.take(1));

@@ -361,7 +361,7 @@ async fn a_client_that_is_not_on_the_list_may_not_ask() {
 #[tokio::test]
 async fn a_full_link_is_made_up_for_by_the_nodes_other_link() {
     let one = LinkConfig { max_streams: 1, ..LinkConfig::default() };
-    let mut site = Site::with(|_| {}, &[], one).await;
+    let mut site = Site::with(|_| {}, &[], one.clone()).await;
     let mut newer = TestLink::with(one).await;
     let _stays = site.register(&newer, 2);
     let (mut first, _first) = site.client();

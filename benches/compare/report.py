@@ -125,7 +125,8 @@ def write(path: Path, results: Results, goals: Sequence[Goal], missing: Mapping[
         "systems": {name: {"hops": system.hops, "about": system.about, "version": _version(kit, system.name),
                            **({"missing": missing[name]} if name in missing else {})}
                     for name, system in SYSTEMS.items()},
-        "networks": {name: {"title": network.title, **network.link} for name, network in NETWORKS.items()},
+        "networks": {name: {"title": network.title, "congestion_control": network.congestion, **network.link}
+                     for name, network in NETWORKS.items()},
         "goals": [goal.as_json() for goal in goals], "medians": results.medians(), "runs": results.runs,
     }, indent=1) + "\n")
 
@@ -135,7 +136,6 @@ def machine() -> dict[str, object]:
     memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine(),
             "memory_gib": round(int(memory[1]) / 2**20, 1), "kernel": platform.release(),
-            "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
             "rustc": _first_line(["rustc", "--version"]), "go": _first_line(["go", "version"])}
 
 

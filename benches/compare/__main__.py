@@ -88,11 +88,16 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--repeat must be 1 or more, and --seconds more than 0 and at most 600")
     if options.json and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json: there is no folder {options.json.absolute().parent}")
+    if options.json and (options.json.is_dir() or Path("/run") in options.json.absolute().parents):
+        # What runs has a /run of its own.
+        raise ValueError(f"--json: {options.json} cannot be a file that stays")
 
 
 def chosen(option: str, text: str, known: Mapping[str, object], begins: bool = False) -> list[str]:
     """The names in a list with commas, in the order in which they are known."""
     wanted = [word.strip() for word in text.split(",") if word.strip()]
+    if not wanted:
+        raise ValueError(f"{option}: names are missing; there are {', '.join(known)}")
 
     def means(word: str, name: str) -> bool:
         return name == word or begins and name.startswith(f"{word}-")

@@ -1,6 +1,7 @@
 """What this is all for: edge-tunnel's goals, as ratios between systems with as many TLS hops. Called by __main__.py."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator
 
@@ -36,7 +37,8 @@ class Goal:
         return "yes" if all(COMPARE[self.comparison](ratio, self.bound) for ratio in self.ratios.values()) else "NO"
 
     def as_json(self) -> dict[str, object]:
-        return {"goal": self.text, "wanted": self.wanted, "met": self.verdict == "yes", "ratios": self.ratios}
+        ratios = {name: None if math.isnan(ratio) else ratio for name, ratio in self.ratios.items()}
+        return {"goal": self.text, "wanted": self.wanted, "met": self.verdict == "yes", "ratios": ratios}
 
 
 def judge(results: Results) -> list[Goal]:
@@ -60,7 +62,7 @@ def _first_byte(results: Results) -> Iterator[Goal]:
     for ours, theirs in PAIRS["haproxy"]:
         ratios = {}
         for network in NETWORKS.values():
-            own, other = (results.median(network.name, "first-byte", name, "p50_us") for name in (ours, theirs))
+            own, other = (_median(results, network.name, "first-byte", name, "p50_us") for name in (ours, theirs))
             if own is not None and other:
                 ratios[network.name] = (own - network.rtt * 1000) / other
         yield Goal(f"first byte: ({ours} - one round trip) / {theirs}, p50", "<=", 1.3, ratios)
@@ -71,9 +73,9 @@ def _interleaved(results: Results) -> Iterator[Goal]:
     for ours in ("edge-tunnel", "edge-tunnel-uds"):
         ratios = {}
         for network in (name for name in NETWORKS if not NETWORKS[name].outage):
-            quiet = results.median(network, "ping", ours, "p99_us")
+            quiet = _median(results, network, "ping", ours, "p99_us")
             for workload in ("interleaved-down", "interleaved-up"):
-                busy = results.median(network, workload, ours, "p99_us")
+                busy = _median(results, network, workload, ours, "p99_us")
                 if quiet and busy is not None:
                     ratios[f"{workload}, {network}"] = busy / quiet
         yield Goal(f"ping-pong beside bulk / quiet: {ours}, p99", "<=", 5, ratios)
@@ -82,7 +84,7 @@ def _interleaved(results: Results) -> Iterator[Goal]:
 def _long_way(results: Results) -> Iterator[Goal]:
     """What is left of 1 Gbit/s for bytes, of which headers of TCP, IP and TLS take some 6 %."""
     for ours in ("edge-tunnel", "edge-tunnel-uds"):
-        rates = {name: results.median("wan", name, ours, "gbit_per_s") for name in ("bulk-1-down", "bulk-1-up")}
+        rates = {name: _median(results, "wan", name, ours, "gbit_per_s") for name in ("bulk-1-down", "bulk-1-up")}
         yield Goal(f"one stream fills 1 Gbit/s at 50 ms: {ours}", ">=", 0.9, _known(rates))
 
 
@@ -95,8 +97,14 @@ def _requests(results: Results) -> Iterator[Goal]:
 
 
 def _ratio(results: Results, network: str, workload: str, key: str, over: str, under: str) -> float | None:
-    first, second = (results.median(network, workload, name, key) for name in (over, under))
+    first, second = (_median(results, network, workload, name, key) for name in (over, under))
     return first / second if first is not None and second else None
+
+
+def _median(results: Results, network: str, workload: str, system: str, key: str) -> float | None:
+    """None if it was not measured. Not a number, which meets no goal, if one of its runs has failed."""
+    runs, good = results.of(network, workload, system), results.good(network, workload, system)
+    return math.nan if len(good) < len(runs) else results.median(network, workload, system, key)
 
 
 def _known(ratios: dict[str, float | None]) -> dict[str, float]:

@@ -100,6 +100,8 @@ def measure(stage: Stage, workload: Workload, network: Network, seconds: float) 
             ends = _cpu(stage.target) - target
             used, memory = _all_cpu(stage), {name: _pss(program) for name, program in stage.programs.items()}
             figures = driver.line()
+    if failed := figures.get("failed"):
+        raise Broken(f"{failed:g} of its requests failed")
     spent = {name: used[name] - cpu[name] for name in cpu}
     amount = _amount(workload, figures, seconds, network.warm_up)
     return {

@@ -1,6 +1,7 @@
 """The tables, and the JSON file. Called by __main__.py."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -92,7 +93,8 @@ def _other(results: Results) -> str:
 def _goals(goals: Sequence[Goal]) -> str:
     rows = [["goal", "wanted", "met", "measured"]]
     for goal in goals:
-        ratios = "  ".join(f"{label} {_number(ratio, 2)}" for label, ratio in goal.ratios.items())
+        ratios = "  ".join(f"{label} {'failed' if math.isnan(ratio) else _number(ratio, 2)}"
+                           for label, ratio in goal.ratios.items())
         rows.append([goal.text, goal.wanted, goal.verdict, ratios])
     return "\n".join(["the goals, as ratios of medians", *_align(rows)])
 

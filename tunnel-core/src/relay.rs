@@ -91,7 +91,7 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
         None
     }
 
-    /// Sends bytes of a chunk, which may be taken as it is; if not, those that are left are still in it.
+    /// Sends all bytes of a chunk, which may be taken as it is. Not ready, those that are left are still in it.
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
         while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
             match ready!(Pin::new(&mut *self).poll_write(cx, bytes.filled()))? {
@@ -360,7 +360,11 @@ enum End {
 impl Direction {
     /// Whether its sender is not read now, so that its failure would go unseen.
     fn is_deaf(&self) -> bool {
-        self.end != End::Open || self.blocked || self.kept.is_some()
+        self.end != End::Open || self.blocked || self.has_kept()
+    }
+
+    fn has_kept(&self) -> bool {
+        self.kept.as_ref().is_some_and(|chunk| !chunk.is_empty())
     }
 
     fn poll(
@@ -373,10 +377,10 @@ impl Direction {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..TURNS {
-            if self.kept.is_some() {
+            while self.has_kept() {
                 ready!(to.poll_send(cx, &mut self.kept)).map_err(Failure::Write)?;
-                self.put_back();
             }
+            self.put_back();
             if self.end == End::Eof {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Failure::Write)?;
                 self.end = End::Done;
@@ -456,9 +460,8 @@ impl Direction {
             return read.map(|()| if nothing { Poll::Pending } else { Poll::Ready(()) });
         }
         self.unflushed = true;
-        if to.poll_send(cx, &mut self.kept).map_err(Failure::Write)?.is_ready() {
-            self.put_back();
-        }
+        // What is left of it is sent first at the next turn, which begins at once unless the receiver waits.
+        let _ = to.poll_send(cx, &mut self.kept).map_err(Failure::Write)?;
         Ok(Poll::Ready(()))
     }
 

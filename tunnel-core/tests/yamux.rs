@@ -18,7 +18,7 @@ use bytes::{Buf, BufMut};
 use proptest::prelude::*;
 use tunnel_core::proto::{
     Side,
-    yamux::{Batch, Chunk, Config, Error, INITIAL, OpenFailed, Place, Session, StreamEnded},
+    yamux::{Batch, Chunk, Config, Error, INITIAL, OpenFailed, Place, Session, StreamEnded, WindowPool},
 };
 
 const DATA: u8 = 0;
@@ -1567,6 +1567,57 @@ mod turns {
     }
 
     #[test]
+    fn a_pool_has_back_what_a_stream_took_that_outlives_its_connection() {
+        let pool = Arc::new(WindowPool::new(1 << 20));
+        let session = Session::new(Side::Acceptor, Config { max_streams: 4, window_budget: 1 << 20 });
+        let mut far = Script { session: session.sharing(pool.clone()), now: Instant::now() };
+        far.takes(&[ping(SYN, 1)]);
+        let asked = far.says_all().into_iter().find(|frame| frame.flags == SYN).unwrap();
+        far.now += Duration::from_secs(1);
+        far.takes(&[ping(ACK, asked.length)]);
+        for number in [1, 3] {
+            far.takes(&[window(SYN, number, 0)]);
+            far.session.receive(&data(0, number, &vec![1; 100_000]).bytes(), far.now).unwrap();
+            while far.reads(number).is_some() {}
+        }
+        let left = pool.left();
+        assert!(left < 1 << 20);
+        // One was let go of before the end, with bytes that nobody will send; the other is read for a while yet.
+        far.writes(1, b"never sent");
+        far.session.finish(1);
+        far.session.discard(1);
+        far.session.end();
+        assert_eq!(pool.left(), left + usize::try_from(INITIAL).unwrap());
+        far.session.discard(3);
+        assert_eq!(pool.left(), 1 << 20);
+    }
+
+    #[test]
+    fn a_stream_without_an_answer_is_answered_in_time() {
+        let mut far = Script::new(Side::Acceptor, 4);
+        far.takes(&[window(SYN, 1, 0)]);
+        assert_eq!(far.accepts(), Some(1));
+        far.now += Duration::from_secs(19);
+        far.takes(&[ping(ACK, 7)]);
+        assert_eq!(far.says(), []);
+        far.now += Duration::from_secs(1);
+        far.takes(&[ping(ACK, 7)]);
+        assert_eq!(far.says(), [window(ACK, 1, 0)]);
+    }
+
+    #[test]
+    fn a_far_side_that_goes_on_unasked_overflows_nothing() {
+        // It is never told that it may send, and does: what it would be told adds up to more than a number holds.
+        let mut far = Script::new(Side::Acceptor, 4);
+        far.takes(&[window(SYN, 1, 0)]);
+        let frame = data(0, 1, &vec![1; INITIAL as usize]).bytes();
+        for _ in 0..(1_u64 << 32) / u64::from(INITIAL) + 2 {
+            far.session.receive(&frame, far.now).unwrap();
+            while far.reads(1).is_some() {}
+        }
+    }
+
+    #[test]
     fn what_is_forgotten_leaves_nothing_in_the_queues() {
         // The far side reads nothing, so nothing is sent; streams come and go.
         let size = |script: &Script| format!("{:?}", script.session).len();
@@ -1672,6 +1723,22 @@ mod chunks {
             let read: Vec<u8> = std::iter::from_fn(|| far.reads(number)).flatten().collect();
             assert!(read == body, "{length} bytes are not what was given");
         }
+    }
+
+    #[test]
+    fn a_chunk_leaves_though_there_are_refusals_before_each_batch() {
+        let mut near = Script::new(Side::Acceptor, 1);
+        near.takes(&[window(SYN, 1, 0)]);
+        assert_eq!(near.accepts(), Some(1));
+        assert!(near.gives(1, &bytes(0, LONGEST_GIVEN)));
+        let mut sent = Vec::new();
+        for round in 0..10 {
+            let beyond: Vec<_> = (0..8).map(|at| window(SYN, 3 + 2 * (8 * round + at), 0)).collect();
+            near.takes(&beyond);
+            let batch = near.says_at_once(BATCH);
+            sent.extend(bodies(&batch));
+        }
+        assert!(sent == bytes(0, LONGEST_GIVEN), "{} bytes left", sent.len());
     }
 
     #[test]

@@ -13,7 +13,10 @@ use tunnel_edge::daemon::settings::{Flags, Size, environment};
 
 pub use pki::PkiCommand;
 
-use crate::config::{Config, Finding, PeersConfig, Settings};
+use crate::{
+    config::{Config, Finding, PeersConfig, Settings},
+    gateway::MAX_PEER_LINKS,
+};
 
 /// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, two of the same size that
 /// wait for the link, and the window of an HTTP/2 stream.
@@ -192,7 +195,14 @@ fn memory(config: &Config) -> String {
     let (ingress, link) = (&config.ingress, &config.link);
     let streams = ingress.max_streams.min(config.edges.max_links.saturating_mul(link.max_streams));
     let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
-    let of_windows = link.window_pool.as_ref().map_or(0, |pool| pool.left());
+    // Only a link that carries a stream can have grown its windows.
+    let busy_links = streams.min(config.edges.max_links);
+    let peer_window = config.peers.as_ref().map_or(0, |peers| peers.link.window_budget);
+    let of_windows = link.window_pool.as_ref().map_or(0, |pool| pool.left()).min(
+        busy_links
+            .saturating_mul(link.window_budget)
+            .saturating_add((2 * MAX_PEER_LINKS).saturating_mul(peer_window)),
+    );
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
     // What is handed on has a second window, on the link of the peer.
     let of_hops = config.peers.as_ref().map_or(0, |_| streams.saturating_mul(STREAM_WINDOW));
@@ -206,7 +216,7 @@ fn memory(config: &Config) -> String {
     format!(
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
-      {:>10}  windows that have grown (link.receive_window_total)
+      {:>10}  windows that have grown (link.receive_window, link.receive_window_total)
       {:>10}  {} connections x {} (ingress.max_header_size)
 {peers}",
         rounded(total),

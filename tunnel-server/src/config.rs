@@ -340,7 +340,7 @@ impl Settings {
         problems.within(&self.link.heartbeat, &(Duration::from_millis(100)..=HOUR), duration);
         problems.within(&self.link.max_streams, &(1..=65_536), usize::to_string);
         problems.within(&self.link.receive_window, &(Size(0)..=Size(4 << 30)), |size| *size);
-        problems.within(&self.link.receive_window_total, &(Size(0)..=Size(1 << 40)), |size| *size);
+        problems.within(&self.link.receive_window_total, &(Size(0)..=Size(512 << 30)), |size| *size);
         problems.within(&self.drain.delay, &(Duration::ZERO..=HOUR), duration);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
     }

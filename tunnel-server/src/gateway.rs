@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// Links of peers at one time. A full mesh of more gateways is not what this is for.
-const MAX_PEER_LINKS: usize = 256;
+pub(crate) const MAX_PEER_LINKS: usize = 256;
 /// How often the credentials' files are looked at.
 const RELOAD_PERIOD: Duration = Duration::from_secs(10);
 /// How long after its start a gateway is not ready while it does not know the cluster's nodes. Not longer: were the API

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     task::{Context, Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Buf;
@@ -26,6 +26,8 @@ const PONGS: usize = 8;
 const REFUSALS: usize = 1024;
 /// Streams that were accepted and are left without an answer. Of more, the first are answered by a frame of their own.
 const UNANSWERED: usize = UNACKNOWLEDGED / 4;
+/// No stream is left so for much longer. hashicorp/yamux ends the connection after 75 seconds.
+const LONG_UNANSWERED: Duration = Duration::from_secs(20);
 /// Turns of streams that are forgotten, before it is worth going through all of them.
 const MOST_FORGOTTEN: usize = 64;
 
@@ -111,10 +113,11 @@ pub struct Session {
     max_streams: usize,
     streams: BTreeMap<u32, Box<Stream>>,
     next_number: Option<u32>,
-    accepted: VecDeque<u32>,
+    /// Streams that nobody has taken yet, and when they came.
+    accepted: VecDeque<(u32, Instant)>,
     acceptor: Option<Waker>,
     /// Streams that were accepted last, and may be without an answer.
-    unanswered: VecDeque<u32>,
+    unanswered: VecDeque<(u32, Instant)>,
     openers: Openers,
     /// Streams that this side has opened and the far side has not answered.
     unacknowledged: usize,
@@ -163,6 +166,8 @@ struct Output {
     forgotten: usize,
     /// The last turn was a sparse stream's: with many of them, the busy ones still have every other turn.
     sparse_had_turn: bool,
+    /// The first of the busy ones was left out of the last batch, since it had too much for it.
+    postponed: bool,
 }
 
 /// How a stream's turn to send went.
@@ -255,8 +260,9 @@ impl Session {
     /// The number of the next stream that the far side has opened; `None` once the connection has ended.
     pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Option<u32>> {
         match self.accepted.pop_front() {
-            Some(number) => {
-                self.answer_in_time(number);
+            Some((number, came)) => {
+                self.unanswered.push_back((number, came));
+                self.answer_in_time(came);
                 Poll::Ready(Some(number))
             }
             None if self.state == State::Ended => Poll::Ready(None),
@@ -291,17 +297,17 @@ impl Session {
         Poll::Ready(())
     }
 
-    /// A stream is answered by its first bytes. But while many wait for theirs, the far side shall not think that
-    /// nobody accepts.
-    fn answer_in_time(&mut self, accepted: u32) {
-        self.unanswered.push_back(accepted);
-        if self.unanswered.len() <= UNANSWERED {
-            return;
-        }
-        let Some(number) = self.unanswered.pop_front() else { return };
-        if let Some(stream) = self.streams.get_mut(&number) {
-            stream.answer();
-            self.schedule(number);
+    /// A stream is answered by its first bytes. But while many wait for theirs, or one for long, the far side shall not
+    /// think that nobody accepts.
+    fn answer_in_time(&mut self, now: Instant) {
+        while let Some((number, came)) = self.unanswered.front().copied()
+            && (self.unanswered.len() > UNANSWERED || now.saturating_duration_since(came) >= LONG_UNANSWERED)
+        {
+            self.unanswered.pop_front();
+            if let Some(stream) = self.streams.get_mut(&number) {
+                stream.answer();
+                self.schedule(number);
+            }
         }
     }
 
@@ -328,6 +334,7 @@ impl Session {
     }
 
     /// Takes all of a chunk, without copying it, once there is room: how many bytes. Until then it stays where it is.
+    /// Room is counted in bytes, not in memory: a chunk that is nearly empty is better [written](Self::poll_write).
     pub fn poll_give(
         &mut self,
         number: u32,
@@ -365,7 +372,7 @@ impl Session {
             self.forget_if_over(number);
         }
         if self.state == State::Ended {
-            self.streams.remove(&number);
+            self.remove(number);
         }
     }
 
@@ -388,6 +395,11 @@ impl Session {
         self.state = State::Ended;
         for stream in self.streams.values_mut() {
             self.wakes.extend(stream.take_wakers());
+            stream.cut();
+        }
+        let dropped = self.streams.iter().filter(|(_, stream)| stream.dropped);
+        for number in dropped.map(|(number, _)| *number).collect::<Vec<_>>() {
+            self.remove(number);
         }
         self.wakes.extend(self.acceptor.take());
         self.openers.wake_all(&mut self.wakes);
@@ -398,6 +410,8 @@ impl Session {
     /// # Errors
     /// The connection is of no further use then; the caller has to end it.
     pub fn receive(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), Error> {
+        // Now and then something comes on any connection: a heartbeat, or a ping.
+        self.answer_in_time(now);
         while !bytes.is_empty() {
             match &mut self.input {
                 Input::Header { bytes: header, filled } => {
@@ -504,7 +518,7 @@ impl Session {
             return Ok(());
         }
         self.streams.insert(number, Box::new(Stream::new(number, false, now)));
-        self.accepted.push_back(number);
+        self.accepted.push_back((number, now));
         self.wakes.extend(self.acceptor.take());
         Ok(())
     }
@@ -572,13 +586,16 @@ impl Session {
         while has_room(batch, limit) {
             let room = limit - batch.remaining() - HEADER;
             let hurry = !self.output.sparse.is_empty();
-            if !hurry && batch.has_remaining() && stream.next_length() > room {
+            let is_short = batch.has_remaining() && stream.next_length() > room;
+            if is_short && !hurry && !self.output.postponed {
                 // Too long for what is left of this batch, but not for the next, where no sparse stream goes before it:
-                // beside one that says a little each time it would never fit.
+                // beside one that says a little each time it would never fit. If it still does not, it is cut.
                 self.output.busy.push_front(number);
                 self.output.sparse_had_turn = true;
+                self.output.postponed = true;
                 return Turn::Postponed;
             }
+            self.output.postponed = false;
             let Some(frame) = stream.next_data(if hurry { FRAME_BODY } else { room }) else { break };
             batch.push(frame);
             if hurry {
@@ -609,9 +626,12 @@ impl Session {
     }
 
     fn forget_if_over(&mut self, number: u32) {
-        if !self.streams.get(&number).is_some_and(|stream| stream.is_over()) {
-            return;
+        if self.streams.get(&number).is_some_and(|stream| stream.is_over()) {
+            self.remove(number);
         }
+    }
+
+    fn remove(&mut self, number: u32) {
         let Some(stream) = self.streams.remove(&number) else { return };
         self.window_budget.give_back(stream.receiving.window.grown());
         if stream.unacknowledged {

@@ -140,6 +140,11 @@ impl Stream {
         self.sending.answers = true;
     }
 
+    /// The connection is gone: nothing more is sent, and nothing has to be kept for it.
+    pub(super) fn cut(&mut self) {
+        self.sending.stop(SendState::Reset);
+    }
+
     /// Whoever waits for anything of the stream.
     pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> {
         [self.receiving.reader.take(), self.sending.writer.take()].into_iter().flatten()
@@ -262,7 +267,9 @@ impl Receiving {
     /// Sees whether the sender shall be told that it may send more.
     pub(super) fn make_room(&mut self, now: Instant, rtt: Option<Duration>, budget: &mut Budget) {
         if !self.ended {
-            self.update += self.window.update(self.unread, now, rtt, budget).unwrap_or(0);
+            // A far side that reads nothing can go on all the same, and is never told.
+            let more = self.window.update(self.unread, now, rtt, budget).unwrap_or(0);
+            self.update = self.update.saturating_add(more);
         }
     }
 

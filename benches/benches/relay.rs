@@ -1,4 +1,5 @@
-//! The relay between a TCP socket and a stream of a link in memory: what a gateway does with each byte.
+//! The relay between a TCP socket and a stream of a link in memory, whose edge sends everything back: from connecting to
+//! the end.
 
 #![allow(
     clippy::unwrap_used,

@@ -17,7 +17,7 @@ use tunnel_core::{Host, NodeId};
 use tunnel_server::{Grants, Holder, Identifier};
 
 const NODES: u16 = 10_000;
-/// The nodes that are asked for one after another, so that none of them stays in the processor's cache.
+/// From one node that is asked for to the next: all of them in turn, far apart.
 const STEP: u16 = 7919;
 
 fn name(number: u16) -> String {

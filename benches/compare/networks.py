@@ -39,13 +39,13 @@ class Network:
     """How TCP sends. Pinned: it decides more than any system does, and machines differ in it."""
 
 
+LOSSY = Network("lossy", "1 Gbit/s, 50 ms, 1 % loss each way", dict(rate=1000, delay=25, loss=1), rtt=50, least=5,
+                warm_up=2, limit=90)
 NETWORKS = {network.name: network for network in (
     Network("loopback", "loopback"),
     Network("wan", "1 Gbit/s, 50 ms", dict(rate=1000, delay=25), rtt=50, least=5, warm_up=2, limit=90),
-    Network("lossy", "1 Gbit/s, 50 ms, 1 % loss each way", dict(rate=1000, delay=25, loss=1), rtt=50, least=5,
-            warm_up=2, limit=90),
-    Network("lossy-bbr", "1 Gbit/s, 50 ms, 1 % loss each way, BBR", dict(rate=1000, delay=25, loss=1), rtt=50, least=5,
-            warm_up=2, limit=90, congestion="bbr"),
+    LOSSY,
+    dataclasses.replace(LOSSY, name="lossy-bbr", title=f"{LOSSY.title}, BBR", congestion="bbr"),
     Network("mobile", "4G-like: 50 Mbit/s, 60 ms, jitter 20 ms, out for 2 of 8 s",
             dict(rate=50, delay=30, jitter=20), rtt=60, outage=(8, 2),
             least=16, limit=90),

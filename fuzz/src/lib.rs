@@ -165,8 +165,9 @@ struct Seen {
 }
 
 const STREAMS: usize = 8;
-/// Bytes of a stream that wait to be sent: a chunk, behind half of what else may wait.
-const MOST_KEPT: u64 = (64 + 32) * 1024;
+/// Bytes of a stream that wait to be sent behind what was written last, and behind a chunk that was given.
+const MOST_WRITTEN: u64 = 64 * 1024;
+const MOST_GIVEN: u64 = MOST_WRITTEN / 2 + MOST_WRITTEN;
 
 impl Mux {
     fn new(side: Side, budget: usize) -> Self {
@@ -197,8 +198,9 @@ impl Mux {
             (7, Some(number)) => {
                 if let Poll::Ready(Ok(taken)) =
                     self.session.poll_write(number, cx, &vec![0; usize::from(value)])
+                    && taken > 0
                 {
-                    self.taken(number, taken);
+                    self.taken(number, taken, MOST_WRITTEN);
                 }
             }
             (8, Some(number)) => self.session.finish(number),
@@ -224,7 +226,7 @@ impl Mux {
         match polled {
             Poll::Ready(Ok(taken)) => {
                 assert!(chunk.is_none() && taken == bytes, "{taken} of {bytes} were taken");
-                self.taken(number, taken);
+                self.taken(number, taken, MOST_GIVEN);
             }
             Poll::Ready(Err(_)) | Poll::Pending => {
                 assert!(chunk.is_some_and(|kept| kept.len() == bytes), "what was not taken is lost");
@@ -232,10 +234,10 @@ impl Mux {
         }
     }
 
-    fn taken(&mut self, number: u32, bytes: usize) {
+    fn taken(&mut self, number: u32, bytes: usize, most: u64) {
         let seen = self.streams.entry(number).or_default();
         seen.written += bytes as u64;
-        assert!(seen.written - seen.sent <= MOST_KEPT, "more is kept than is bounded");
+        assert!(seen.written - seen.sent <= most, "more is kept than is bounded");
     }
 
     fn hold(&mut self, number: u32) {

@@ -38,7 +38,7 @@ const TURNS: usize = 2;
 const ASK_PERIOD: Duration = Duration::from_secs(5);
 
 thread_local! {
-    /// For the next relay that reads; nobody holds it while nobody does.
+    /// An empty one, for whichever relay reads next.
     static CHUNK: Cell<Option<Chunk>> = const { Cell::new(None) };
 }
 
@@ -93,14 +93,23 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
 
     /// Sends all bytes of a chunk, which may be taken as it is. Not ready, those that are left are still in it.
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
-        while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
-            match ready!(Pin::new(&mut *self).poll_write(cx, bytes.filled()))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                written => bytes.advance(written),
-            }
-        }
-        Poll::Ready(Ok(()))
+        poll_write_chunk(self, cx, chunk)
     }
+}
+
+/// Writes what is in a chunk, which stays the caller's.
+fn poll_write_chunk(
+    to: &mut (impl AsyncWrite + Unpin + ?Sized),
+    cx: &mut Context<'_>,
+    chunk: &mut Option<Chunk>,
+) -> Poll<io::Result<()>> {
+    while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
+        match ready!(Pin::new(&mut *to).poll_write(cx, bytes.filled()))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            written => bytes.advance(written),
+        }
+    }
+    Poll::Ready(Ok(()))
 }
 
 impl Leg for TcpStream {
@@ -158,15 +167,10 @@ impl Leg for TunnelStream {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Option<Chunk>) -> Poll<io::Result<()>> {
-        while let Some(bytes) = chunk.as_mut().filter(|chunk| !chunk.is_empty()) {
-            if bytes.len() >= WORTH_GIVING {
-                ready!(self.poll_give(cx, chunk))?;
-            } else {
-                let written = ready!(Pin::new(&mut *self).poll_write(cx, bytes.filled()))?;
-                bytes.advance(written);
-            }
+        if chunk.as_ref().is_some_and(|chunk| chunk.len() >= WORTH_GIVING) {
+            return self.poll_give(cx, chunk);
         }
-        Poll::Ready(Ok(()))
+        poll_write_chunk(self, cx, chunk)
     }
 }
 
@@ -441,25 +445,19 @@ impl Direction {
         to: &mut impl Leg,
     ) -> Result<Poll<()>, Failure> {
         let chunk = self.kept.insert(CHUNK.take().unwrap_or_default());
-        let read = loop {
-            match poll_read_buf(Pin::new(&mut *from), cx, &mut chunk.spare()) {
-                Poll::Ready(Ok(0)) => {
-                    self.end = End::Eof;
-                    break Ok(());
+        while chunk.room() > 0 && self.end == End::Open {
+            match poll_read_buf(Pin::new(&mut *from), cx, &mut chunk.spare()).map_err(Failure::Read)? {
+                Poll::Pending if chunk.is_empty() => {
+                    self.put_back();
+                    return Ok(Poll::Pending);
                 }
-                Poll::Ready(Ok(_)) if chunk.room() > 0 => {}
-                Poll::Ready(Ok(_)) | Poll::Pending => break Ok(()),
-                Poll::Ready(Err(error)) => break Err(Failure::Read(error)),
+                Poll::Pending => break,
+                Poll::Ready(0) => self.end = End::Eof,
+                Poll::Ready(_) => {}
             }
-        };
-        let bytes = chunk.len();
-        self.carried += bytes as u64;
-        if bytes == 0 || read.is_err() {
-            self.put_back();
-            let nothing = self.end == End::Open;
-            return read.map(|()| if nothing { Poll::Pending } else { Poll::Ready(()) });
         }
-        self.unflushed = true;
+        self.carried += chunk.len() as u64;
+        self.unflushed |= !chunk.is_empty();
         // What is left of it is sent first at the next turn, which begins at once unless the receiver waits.
         let _ = to.poll_send(cx, &mut self.kept).map_err(Failure::Write)?;
         Ok(Poll::Ready(()))

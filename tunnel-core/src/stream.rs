@@ -253,6 +253,38 @@ impl TunnelStream {
         self.seat.entry.ends.lock().aborted().map(|reason| into_io_error(reason.clone()))
     }
 
+    /// Sends all of a chunk as it is, without copying it. While there is no room for it, it stays where it is.
+    pub(crate) fn poll_give(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunk: &mut Option<Chunk>,
+    ) -> Poll<io::Result<()>> {
+        self.poll_sending(cx, |mux, cx| mux.poll_give(cx, chunk)).map_ok(drop)
+    }
+
+    /// Lets the multiplexer take bytes, and counts them: how many.
+    fn poll_sending(
+        &mut self,
+        cx: &mut Context<'_>,
+        send: impl FnOnce(&mut MuxStream, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        self.seat.entry.writer.register(cx.waker());
+        if let Some(error) = self.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        match ready!(send(&mut self.mux, cx)) {
+            Ok(bytes) => {
+                self.seat.entry.ends.lock().sent(bytes);
+                Poll::Ready(Ok(bytes))
+            }
+            // Reset by the far side, or the link is gone: the reason is on its way.
+            Err(error) => match ready!(self.poll_verdict(cx)) {
+                Ok(()) => Poll::Ready(Err(error)),
+                Err(reason) => Poll::Ready(Err(reason)),
+            },
+        }
+    }
+
     /// The multiplexer has ended the stream: waits, for a bounded time, until it is known how.
     fn poll_verdict(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.seat.entry.ends.lock().verdict() {
@@ -302,39 +334,6 @@ impl Arrived for TunnelStream {
     }
 }
 
-impl TunnelStream {
-    /// Sends all of a chunk as it is, without copying it. While there is no room for it, it stays where it is.
-    pub(crate) fn poll_give(
-        &mut self,
-        cx: &mut Context<'_>,
-        chunk: &mut Option<Chunk>,
-    ) -> Poll<io::Result<usize>> {
-        self.poll_send(cx, |mux, cx| mux.poll_give(cx, chunk))
-    }
-
-    fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        send: impl FnOnce(&mut MuxStream, &mut Context<'_>) -> Poll<io::Result<usize>>,
-    ) -> Poll<io::Result<usize>> {
-        self.seat.entry.writer.register(cx.waker());
-        if let Some(error) = self.aborted() {
-            return Poll::Ready(Err(error));
-        }
-        match ready!(send(&mut self.mux, cx)) {
-            Ok(bytes) => {
-                self.seat.entry.ends.lock().sent(bytes);
-                Poll::Ready(Ok(bytes))
-            }
-            // Reset by the far side, or the link is gone: the reason is on its way.
-            Err(error) => match ready!(self.poll_verdict(cx)) {
-                Ok(()) => Poll::Ready(Err(error)),
-                Err(reason) => Poll::Ready(Err(reason)),
-            },
-        }
-    }
-}
-
 impl AsyncRead for TunnelStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -355,7 +354,7 @@ impl AsyncWrite for TunnelStream {
         cx: &mut Context<'_>,
         pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_send(cx, |mux, cx| Pin::new(mux).poll_write_vectored(cx, pieces))
+        self.poll_sending(cx, |mux, cx| Pin::new(mux).poll_write_vectored(cx, pieces))
     }
 
     fn is_write_vectored(&self) -> bool {

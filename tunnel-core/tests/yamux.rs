@@ -784,6 +784,14 @@ mod script {
             }
         }
 
+        /// A second, so that windows grow.
+        pub(super) fn learns_round_trip(&mut self) {
+            self.takes(&[ping(SYN, 1)]);
+            let asked = self.says_all().into_iter().find(|frame| frame.flags == SYN).unwrap();
+            self.now += Duration::from_secs(1);
+            self.takes(&[ping(ACK, asked.length)]);
+        }
+
         pub(super) fn opens(&mut self) -> u32 {
             match ignore(&mut self.session, |session, cx| session.poll_open(&mut None, cx, self.now)) {
                 Poll::Ready(Ok(number)) => number,
@@ -1533,11 +1541,7 @@ mod turns {
         const BUDGET: u32 = 3 * INITIAL;
         let config = Config { max_streams: 4, window_budget: BUDGET as usize };
         let mut far = Script { session: Session::new(Side::Acceptor, config), now: Instant::now() };
-        // The round trip has to be known: a second.
-        far.takes(&[ping(SYN, 1)]);
-        let asked = far.says_all().into_iter().find(|frame| frame.flags == SYN).unwrap();
-        far.now += Duration::from_secs(1);
-        far.takes(&[ping(ACK, asked.length)]);
+        far.learns_round_trip();
         for round in 0..3 {
             let number = 1 + 2 * round;
             let mut open = INITIAL;
@@ -1571,10 +1575,7 @@ mod turns {
         let pool = Arc::new(WindowPool::new(1 << 20));
         let session = Session::new(Side::Acceptor, Config { max_streams: 4, window_budget: 1 << 20 });
         let mut far = Script { session: session.sharing(pool.clone()), now: Instant::now() };
-        far.takes(&[ping(SYN, 1)]);
-        let asked = far.says_all().into_iter().find(|frame| frame.flags == SYN).unwrap();
-        far.now += Duration::from_secs(1);
-        far.takes(&[ping(ACK, asked.length)]);
+        far.learns_round_trip();
         for number in [1, 3] {
             far.takes(&[window(SYN, number, 0)]);
             far.session.receive(&data(0, number, &vec![1; 100_000]).bytes(), far.now).unwrap();

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tunnel_core::{Aborted, Arrived, Leg};
+use tunnel_core::{Aborted, Leg};
 
 /// Reads into `early` until it is clear whether the connection begins with `wanted`. Cancel-safe: nothing is lost that
 /// is not in `early`.
@@ -107,9 +107,5 @@ impl<C: Leg> Leg for Rewound<C> {
 
     fn failure(&self) -> Option<io::Error> {
         self.conn.failure()
-    }
-
-    fn arrived(&mut self) -> Option<&mut dyn Arrived> {
-        if self.early.is_empty() { self.conn.arrived() } else { None }
     }
 }

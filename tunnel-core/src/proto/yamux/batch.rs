@@ -24,14 +24,16 @@ pub struct Chunk {
 impl Chunk {
     /// An empty one, with room for as many bytes as leave at once: somewhat less than 64 KiB.
     pub fn new() -> Self {
-        let mut bytes = Vec::with_capacity(HEADER + CHUNK_BODY);
-        bytes.resize(HEADER, 0);
-        Self { bytes, start: HEADER }
+        Self::with_capacity(HEADER + CHUNK_BODY)
     }
 
     /// One for a body of so many bytes, of which it takes no more than fit one record.
     pub(super) fn with_room_for(body: usize) -> Self {
-        let mut bytes = Vec::with_capacity((HEADER + body).clamp(SMALL, HEADER + FRAME_BODY));
+        Self::with_capacity((HEADER + body).clamp(SMALL, HEADER + FRAME_BODY))
+    }
+
+    fn with_capacity(bytes: usize) -> Self {
+        let mut bytes = Vec::with_capacity(bytes);
         bytes.resize(HEADER, 0);
         Self { bytes, start: HEADER }
     }

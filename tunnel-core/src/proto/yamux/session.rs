@@ -13,7 +13,7 @@ use super::{
     FRAME_BODY,
     batch::{Batch, Chunk},
     frame::{Flags, GoAway, HEADER, Header, HeaderError, Kind},
-    stream::Stream,
+    stream::{Sending, Stream},
     window::{Budget, RoundTrip, WindowPool},
 };
 use crate::proto::Side;
@@ -166,16 +166,8 @@ struct Output {
     forgotten: usize,
     /// The last turn was a sparse stream's: with many of them, the busy ones still have every other turn.
     sparse_had_turn: bool,
-    /// The first of the busy ones was left out of the last batch, since it had too much for it.
+    /// The first of the busy ones had too much for this batch, and comes first in the next.
     postponed: bool,
-}
-
-/// How a stream's turn to send went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
-    Over,
-    /// It comes first in the next batch.
-    Postponed,
 }
 
 impl Session {
@@ -318,17 +310,13 @@ impl Session {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<Result<usize, StreamEnded>> {
-        if self.state == State::Ended {
-            return Poll::Ready(Err(StreamEnded));
-        }
-        let Some(stream) = self.streams.get_mut(&number) else { return Poll::Ready(Err(StreamEnded)) };
-        let Some(room) = stream.sending.room() else { return Poll::Ready(Err(StreamEnded)) };
+        let (sending, room) = self.sending(number)?;
         let taken = room.min(bytes.len());
         if taken == 0 && !bytes.is_empty() {
-            stream.sending.writer = Some(cx.waker().clone());
+            sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        stream.sending.append(&bytes[..taken]);
+        sending.append(&bytes[..taken]);
         self.schedule(number);
         Poll::Ready(Ok(taken))
     }
@@ -341,19 +329,23 @@ impl Session {
         cx: &mut Context<'_>,
         chunk: &mut Option<Chunk>,
     ) -> Poll<Result<usize, StreamEnded>> {
-        if self.state == State::Ended {
-            return Poll::Ready(Err(StreamEnded));
-        }
-        let Some(stream) = self.streams.get_mut(&number) else { return Poll::Ready(Err(StreamEnded)) };
-        if stream.sending.room().is_none() {
-            return Poll::Ready(Err(StreamEnded));
-        }
-        let Some(given) = stream.sending.give(chunk) else {
-            stream.sending.writer = Some(cx.waker().clone());
+        let (sending, _) = self.sending(number)?;
+        let Some(given) = sending.give(chunk) else {
+            sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
         };
         self.schedule(number);
         Poll::Ready(Ok(given))
+    }
+
+    /// A stream that takes bytes, and how many now.
+    fn sending(&mut self, number: u32) -> Result<(&mut Sending, usize), StreamEnded> {
+        if self.state == State::Ended {
+            return Err(StreamEnded);
+        }
+        let sending = &mut self.streams.get_mut(&number).ok_or(StreamEnded)?.sending;
+        let room = sending.room().ok_or(StreamEnded)?;
+        Ok((sending, room))
     }
 
     /// No more bytes will be written: the far side reads an end behind those that were.
@@ -370,9 +362,6 @@ impl Session {
             stream.let_go();
             self.schedule(number);
             self.forget_if_over(number);
-        }
-        if self.state == State::Ended {
-            self.remove(number);
         }
     }
 
@@ -550,7 +539,8 @@ impl Session {
         self.transmit_own(batch);
         while has_room(batch, limit) {
             let Some(number) = self.output.next_turn() else { break };
-            if self.transmit_stream(number, batch, limit) == Turn::Postponed {
+            self.transmit_stream(number, batch, limit);
+            if self.output.postponed {
                 break;
             }
         }
@@ -578,8 +568,9 @@ impl Session {
 
     /// A stream's turn. As many bytes in a row as leave at once anyway, so that the far side's reader gets them at once
     /// too; but one frame while a sparse stream waits.
-    fn transmit_stream(&mut self, number: u32, batch: &mut Batch, limit: usize) -> Turn {
-        let Some(stream) = self.streams.get_mut(&number) else { return Turn::Over };
+    fn transmit_stream(&mut self, number: u32, batch: &mut Batch, limit: usize) {
+        let was_postponed = std::mem::take(&mut self.output.postponed);
+        let Some(stream) = self.streams.get_mut(&number) else { return };
         if let Some(header) = stream.next_header() {
             batch.push_header(&header);
         }
@@ -587,15 +578,14 @@ impl Session {
             let room = limit - batch.remaining() - HEADER;
             let hurry = !self.output.sparse.is_empty();
             let is_short = batch.has_remaining() && stream.next_length() > room;
-            if is_short && !hurry && !self.output.postponed {
+            if is_short && !hurry && !was_postponed {
                 // Too long for what is left of this batch, but not for the next, where no sparse stream goes before it:
                 // beside one that says a little each time it would never fit. If it still does not, it is cut.
                 self.output.busy.push_front(number);
                 self.output.sparse_had_turn = true;
                 self.output.postponed = true;
-                return Turn::Postponed;
+                return;
             }
-            self.output.postponed = false;
             let Some(frame) = stream.next_data(if hurry { FRAME_BODY } else { room }) else { break };
             batch.push(frame);
             if hurry {
@@ -611,7 +601,6 @@ impl Session {
             self.output.busy.push_back(number);
         }
         self.forget_if_over(number);
-        Turn::Over
     }
 
     /// Gives a stream a turn if it has something to send.

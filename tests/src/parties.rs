@@ -10,10 +10,11 @@ use std::{
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use rustls::pki_types::ServerName;
 use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{
-    Host, Leg, LinkConfig, NodeId, Target,
+    Host, LinkConfig, NodeId, Target,
     tls::{ClientTls, Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -201,7 +202,10 @@ pub async fn run_edge(config: Config, network: impl Network, seed: u64, shutdown
 }
 
 /// TLS as the control plane's client, to a gateway's ingress, for HTTP/1.1.
-pub async fn control_plane_tls<C: Leg>(connection: C) -> std::io::Result<TlsStream<C>> {
+pub async fn control_plane_tls<C>(connection: C) -> std::io::Result<TlsStream<C>>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
     static TLS: LazyLock<ClientTls> = LazyLock::new(|| {
         ClientTls::load(Domain::ControlPlane, files(Domain::ControlPlane, "client")).unwrap()
     });

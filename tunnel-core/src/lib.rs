@@ -23,9 +23,11 @@ mod link;
 #[cfg(feature = "io")]
 mod mux;
 #[cfg(feature = "io")]
+mod pace;
+#[cfg(feature = "io")]
 mod relay;
 #[cfg(feature = "io")]
-pub mod socket;
+mod socket;
 #[cfg(feature = "io")]
 mod stream;
 #[cfg(feature = "io")]
@@ -41,5 +43,6 @@ pub use {
         ConnectError, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenError, OpenRequest, PendingLink,
     },
     relay::{Arrived, Leg, RelayEnd, Relayed, relay},
+    socket::Socket,
     stream::{HeaderError, Incoming, PendingStream, TunnelStream},
 };

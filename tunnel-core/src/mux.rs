@@ -8,6 +8,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     io::{self, IoSlice},
+    ops::RangeInclusive,
     pin::Pin,
     sync::{
         Arc,
@@ -26,6 +27,7 @@ use tokio::{
 use tokio_util::{io::poll_write_buf, task::AbortOnDropHandle};
 
 use crate::{
+    pace::Pace,
     proto::{
         Side,
         yamux::{
@@ -38,8 +40,8 @@ use crate::{
 
 pub(crate) use crate::proto::yamux::OpenFailed;
 
-/// Bytes handed to TLS at once: four full records, which leave in one system call.
-const WRITE_BATCH: usize = 64 * 1024;
+/// Bytes handed to TLS at once, by the connection's pace: full records, which leave in one system call.
+pub(crate) const WRITE_BATCH: RangeInclusive<usize> = 64 * 1024..=256 * 1024;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
 /// Bytes that a stream takes from the session at once, and so the most that it holds beyond its window.
@@ -197,6 +199,7 @@ impl Mux {
             io,
             shared: shared.clone(),
             batch: Batch::default(),
+            pace: Pace::new(now()),
             closing: false,
             heard: heard.clone(),
         };
@@ -211,6 +214,7 @@ struct Driver<T> {
     shared: Arc<Shared>,
     /// What is being written.
     batch: Batch,
+    pace: Pace,
     /// The last frame is in the batch, or has left.
     closing: bool,
     heard: Arc<LastHeard>,
@@ -252,11 +256,13 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
         // asked, the better it knows what is urgent.
         ready!(Pin::new(&mut self.io).poll_flush(cx))?;
         if !self.batch.has_remaining() && !self.closing {
-            let batch = &mut self.batch;
+            let (batch, now) = (&mut self.batch, now());
+            let limit = self.pace.line(WRITE_BATCH);
             self.closing = self.shared.with(|session| {
-                session.transmit(batch, WRITE_BATCH, cx, now());
+                session.transmit(batch, limit, cx, now);
                 session.is_closed()
             });
+            self.pace.note(self.batch.remaining(), now);
             if !self.batch.has_remaining() {
                 return Poll::Pending;
             }

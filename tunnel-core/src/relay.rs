@@ -14,10 +14,9 @@ use std::{
     time::Duration,
 };
 
-use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpStream, UnixStream},
+    net::UnixStream,
     time::{Instant, Sleep, sleep},
 };
 use tokio_util::io::poll_read_buf;
@@ -110,27 +109,6 @@ fn poll_write_chunk(
         }
     }
     Poll::Ready(Ok(()))
-}
-
-impl Leg for TcpStream {
-    /// With a linger time of zero, closing sends RST and drops what is queued. The kernel closes the sockets of a
-    /// killed process too, and would make a clean FIN of it.
-    fn arm(&mut self) {
-        // Failure means that the connection is gone already.
-        let _ = self.set_zero_linger();
-    }
-
-    fn abort(&mut self, _: &Aborted) {
-        let _ = self.set_zero_linger();
-    }
-
-    fn finish(&mut self) {
-        let _ = SockRef::from(&*self).set_linger(None);
-    }
-
-    fn failure(&self) -> Option<io::Error> {
-        self.take_error().ok().flatten()
-    }
 }
 
 impl Leg for UnixStream {

@@ -10,7 +10,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 use rustls::{
-    AlertDescription, CertificateError, CipherSuite, ClientConfig, RootCertStore, ServerConfig,
+    AlertDescription, CertificateError, CipherSuite, ClientConfig, ConnectionCommon, RootCertStore,
+    ServerConfig,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::WebPkiClientVerifier,
@@ -18,7 +19,10 @@ use rustls::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::proto::{ALPN_EDGE, ALPN_PEER};
+use crate::{
+    mux::WRITE_BATCH,
+    proto::{ALPN_EDGE, ALPN_PEER},
+};
 
 /// One of the three sides that a gateway shows to the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -223,6 +227,11 @@ impl ServerTls {
     pub fn reload(&self) -> Result<bool, TlsError> {
         self.0.reload(|_| Ok(()))
     }
+}
+
+/// Lets TLS take at once what a [link](crate::Link) writes at once. For both sides of a connection that carries one.
+pub fn widen_for_link<Side>(connection: &mut ConnectionCommon<Side>) {
+    connection.set_buffer_limit(Some(*WRITE_BATCH.end()));
 }
 
 impl fmt::Debug for ServerTls {

@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tunnel_core::{
-    Aborted, Link, LinkConfig, LinkEvent, OpenRequest, RelayEnd, Relayed, TunnelStream,
+    Aborted, Link, LinkConfig, LinkEvent, OpenRequest, RelayEnd, Relayed, Socket, TunnelStream,
     proto::messages::{AbortCode, Hello, Welcome},
     relay,
 };
@@ -21,10 +21,10 @@ use tunnel_core::{
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Two ends of one TCP connection on loopback.
-async fn connection() -> (TcpStream, TcpStream) {
+async fn connection() -> (TcpStream, Socket) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-    (near.unwrap(), far.unwrap().0)
+    (near.unwrap(), Socket::new(far.unwrap().0))
 }
 
 struct Rig {
@@ -249,9 +249,9 @@ async fn pieces_of_any_length_cross_a_link_unharmed_both_ways_at_once() {
     let (client, client_leg) = connection().await;
     let (target, target_leg) = connection().await;
     // Little may be on its way, so that slow readers are felt.
-    for socket in [&client, &client_leg, &target, &target_leg] {
-        SockRef::from(socket).set_recv_buffer_size(64 * 1024).unwrap();
-        SockRef::from(socket).set_send_buffer_size(64 * 1024).unwrap();
+    for socket in [client.as_fd(), client_leg.as_fd(), target.as_fd(), target_leg.as_fd()] {
+        SockRef::from(&socket).set_recv_buffer_size(64 * 1024).unwrap();
+        SockRef::from(&socket).set_send_buffer_size(64 * 1024).unwrap();
     }
     let (gateway, edge, _link) = stream().await;
     let at_gateway = tokio::spawn(relay(client_leg, gateway, pending()));

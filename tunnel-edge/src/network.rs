@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{net::TcpStream, time::sleep};
-use tunnel_core::{Host, Leg, socket};
+use tunnel_core::{Host, Leg, Socket};
 
 /// How long one address may take before the next is tried beside it (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -87,16 +87,14 @@ impl From<io::Error> for DialError {
 pub struct SystemNetwork;
 
 impl Network for SystemNetwork {
-    type Conn = TcpStream;
+    type Conn = Socket;
 
-    async fn connect(&self, host: &Host, port: u16) -> Result<TcpStream, DialError> {
+    async fn connect(&self, host: &Host, port: u16) -> Result<Socket, DialError> {
         let addresses = resolve(host, port).await?;
-        let stream = connect_any(addresses, TcpStream::connect).await?;
-        socket::set_up(&stream);
-        Ok(stream)
+        Ok(Socket::new(connect_any(addresses, TcpStream::connect).await?))
     }
 
-    fn peer_address(&self, conn: &TcpStream) -> Option<SocketAddr> {
+    fn peer_address(&self, conn: &Socket) -> Option<SocketAddr> {
         conn.peer_addr().ok()
     }
 }
@@ -226,8 +224,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let loopback: Host = "127.0.0.1".parse().unwrap();
-        let connected = SystemNetwork.connect(&loopback, port).await.unwrap();
-        assert!(connected.nodelay().unwrap());
+        SystemNetwork.connect(&loopback, port).await.unwrap();
         drop(listener);
         assert_eq!(SystemNetwork.connect(&loopback, port).await.unwrap_err(), DialError::Refused);
         let nowhere: Host = "no-such-host.invalid".parse().unwrap();

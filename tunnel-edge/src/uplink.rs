@@ -199,10 +199,11 @@ impl Uplink {
         let handshake = tls.connect(name, connection);
         let failed =
             |error: io::Error| UplinkError::Tls { label: tls::label(&error), text: tls::explain(&error) };
-        let connection = limit.hold("the TLS handshake", handshake).await?.map_err(failed)?;
+        let mut connection = limit.hold("the TLS handshake", handshake).await?.map_err(failed)?;
         if connection.get_ref().1.alpn_protocol() != Some(ALPN_EDGE) {
             return Err(UplinkError::Alpn);
         }
+        tls::widen_for_link(connection.get_mut().1);
         // A gateway that refuses this side's certificate says so only now: in TLS 1.3 the client's handshake is over
         // before the server has looked at it.
         Ok(limit.hold("the gateway's welcome", Link::connect(connection, hello, self.link.clone())).await??)

@@ -16,7 +16,7 @@ use std::{
 use futures_util::FutureExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
     time::{sleep, timeout},
@@ -25,9 +25,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use tunnel_core::{
-    Leg,
+    Leg, Socket,
     proto::{ALPN_EDGE, ALPN_PEER},
-    socket,
     tls::{self, Domain, ServerTls},
 };
 
@@ -78,12 +77,11 @@ impl fmt::Display for PeerAddr {
 }
 
 impl Accept for TcpListener {
-    type Conn = TcpStream;
+    type Conn = Socket;
 
-    async fn accept(&mut self) -> io::Result<(TcpStream, PeerAddr)> {
+    async fn accept(&mut self) -> io::Result<(Socket, PeerAddr)> {
         let (stream, address) = Self::accept(self).await?;
-        socket::set_up(&stream);
-        Ok((stream, PeerAddr::Ip(address)))
+        Ok((Socket::new(stream), PeerAddr::Ip(address)))
     }
 }
 
@@ -290,7 +288,7 @@ pub(crate) async fn handshake<C: Leg + 'static>(
 
 /// The connection, if it is one of its domain's application protocol, where there is only one.
 async fn of_its_protocol<C: Leg + 'static>(
-    stream: Box<TlsStream<C>>,
+    mut stream: Box<TlsStream<C>>,
     domain: Domain,
     peer: PeerAddr,
     metrics: &Metrics,
@@ -301,6 +299,7 @@ async fn of_its_protocol<C: Leg + 'static>(
         Domain::ControlPlane => return Some(stream),
     };
     if stream.get_ref().1.alpn_protocol() == Some(wanted) {
+        tls::widen_for_link(stream.get_mut().1);
         return Some(stream);
     }
     metrics.handshake_failed(domain, "alpn");

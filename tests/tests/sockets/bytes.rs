@@ -15,12 +15,11 @@ use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use ring::digest;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::TcpStream,
     sync::{Barrier, Semaphore},
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
-use tunnel_core::Host;
+use tunnel_core::{Host, Socket};
 use tunnel_edge::network::{DialError, Network, SystemNetwork};
 use tunnel_tests::{connect::reply, workload};
 
@@ -289,9 +288,9 @@ struct SlowNetwork {
 }
 
 impl Network for SlowNetwork {
-    type Conn = TcpStream;
+    type Conn = Socket;
 
-    async fn connect(&self, host: &Host, port: u16) -> Result<TcpStream, DialError> {
+    async fn connect(&self, host: &Host, port: u16) -> Result<Socket, DialError> {
         if port == self.slow_port {
             self.dialling.fetch_add(1, Relaxed);
             self.may_dial.acquire().await.unwrap().forget();
@@ -299,7 +298,7 @@ impl Network for SlowNetwork {
         SystemNetwork.connect(host, port).await
     }
 
-    fn peer_address(&self, conn: &TcpStream) -> Option<SocketAddr> {
+    fn peer_address(&self, conn: &Socket) -> Option<SocketAddr> {
         conn.peer_addr().ok()
     }
 }

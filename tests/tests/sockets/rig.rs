@@ -22,7 +22,7 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
-    Host, LinkConfig, Target,
+    Host, LinkConfig, Socket, Target,
     tls::{Domain, Files, ServerTls},
 };
 use tunnel_edge::{
@@ -314,7 +314,7 @@ impl Rig {
         self.serve(move |tcp, node| {
             let ledger = ledger.clone();
             // Its error is the connection's, and what that must be is checked at the other end.
-            async move { drop(workload::serve(tcp, node, &ledger).await) }
+            async move { drop(workload::serve(Socket::new(tcp), node, &ledger).await) }
         });
     }
 
@@ -374,9 +374,9 @@ pub(crate) fn shrink_buffers(socket: &impl AsFd) {
 struct SmallBuffers;
 
 impl Network for SmallBuffers {
-    type Conn = TcpStream;
+    type Conn = Socket;
 
-    async fn connect(&self, host: &Host, port: u16) -> Result<TcpStream, DialError> {
+    async fn connect(&self, host: &Host, port: u16) -> Result<Socket, DialError> {
         SystemNetwork.connect(host, port).await.inspect(shrink_buffers)
     }
 }

@@ -18,11 +18,11 @@ use std::{
 use support::{Gateway, GatewayLink, LIMIT, Pki, Running, closed_port, config, echo, request, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     time::timeout,
 };
 use tunnel_core::{
-    Aborted, Host, OpenError, TunnelStream,
+    Aborted, Host, OpenError, Socket, TunnelStream,
     proto::messages::{AbortCode, RefusalCode},
 };
 use tunnel_edge::network::{DialError, Network, SystemNetwork};
@@ -180,9 +180,9 @@ impl Drop for Wading {
 }
 
 impl Network for Swamp {
-    type Conn = TcpStream;
+    type Conn = Socket;
 
-    async fn connect(&self, host: &Host, port: u16) -> Result<TcpStream, DialError> {
+    async fn connect(&self, host: &Host, port: u16) -> Result<Socket, DialError> {
         if *host != Host::Name("swamp".to_owned()) {
             return SystemNetwork.connect(host, port).await;
         }

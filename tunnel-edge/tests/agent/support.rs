@@ -12,14 +12,10 @@ use std::{
 use prometheus_client::registry::Registry;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
-    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink,
+    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink, Socket,
     proto::messages::{Gateway as Hint, Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
@@ -332,7 +328,7 @@ impl Running {
         Self::start_on(config, SystemNetwork)
     }
 
-    pub(crate) fn start_on(config: Config, network: impl Network<Conn = TcpStream>) -> Self {
+    pub(crate) fn start_on(config: Config, network: impl Network<Conn = Socket>) -> Self {
         let tls = ClientTls::load(Domain::Edge, config.tls.clone()).unwrap();
         let mut registry = Registry::default();
         let metrics = Metrics::new(&mut registry);

@@ -22,12 +22,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Target,
+    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Socket,
+    Target,
     proto::{
         ALPN_PEER, VERSIONS,
         messages::{Capability, Gateway, Hello, Holdings, RejectCode},
     },
-    socket,
     tls::{self, ClientTls},
 };
 
@@ -481,7 +481,7 @@ impl Keeper {
     async fn attempt(&self) -> Result<(Link, GatewayId, u64), PeerError> {
         let Member { address, server_name } = &self.member;
         let connection = dial(address).await.map_err(PeerError::Dial)?;
-        let connection = self
+        let mut connection = self
             .tls
             .connector()
             .connect(server_name.clone(), connection)
@@ -490,6 +490,7 @@ impl Keeper {
         if connection.get_ref().1.alpn_protocol() != Some(ALPN_PEER) {
             return Err(PeerError::Alpn);
         }
+        tls::widen_for_link(connection.get_mut().1);
         let connected = Link::connect(connection, self.mesh.hello(), self.mesh.config.clone()).await;
         let (link, welcome) = match connected {
             Ok(connected) => connected,
@@ -564,13 +565,12 @@ impl Keeper {
     }
 }
 
-async fn dial(address: &Target) -> io::Result<TcpStream> {
+async fn dial(address: &Target) -> io::Result<Socket> {
     let stream = match &address.host {
         Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
         Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
     };
-    socket::set_up(&stream);
-    Ok(stream)
+    Ok(Socket::new(stream))
 }
 
 impl Mesh {

@@ -277,8 +277,7 @@ impl Ingress {
     ) {
         self.metrics.replied(protocol.label(), 200, "connected");
         let via = routed.via.as_ref().map(GatewayId::as_str);
-        info!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node, via,
-              address = routed.address, protocol = protocol.label(), "connected");
+        debug!(request = request.id, target = %request.target, node = %routed.node, via, "connected");
         let _counted = Counted::new(&self.metrics.streams_active);
         let started = Instant::now();
         let stop = async {
@@ -292,7 +291,8 @@ impl Ingress {
         self.metrics.stream_ended(&relayed);
         let Relayed { forward, backward, end } = relayed;
         let cause = end.reason().map(ToString::to_string);
-        info!(request = request.id, node = %routed.node, to_target = forward, from_target = backward,
+        info!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node, via,
+              address = routed.address, protocol = protocol.label(), to_target = forward, from_target = backward,
               took_ms = started.elapsed().as_millis(), cause, "ended");
     }
 }

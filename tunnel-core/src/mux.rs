@@ -44,8 +44,8 @@ pub(crate) use crate::proto::yamux::OpenFailed;
 pub(crate) const WRITE_BATCH: RangeInclusive<usize> = 64 * 1024..=256 * 1024;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
-/// Bytes that a stream takes from the session at once, and so the most that it holds beyond its window.
-const READ_AHEAD: usize = 64 * 1024;
+/// Bytes that a stream takes from the session at once, and hands on in one write.
+pub(crate) const READ_AHEAD: usize = 128 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
 const TURNS: usize = 8;
 /// yamux gives every stream this much receive window at least.

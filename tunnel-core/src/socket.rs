@@ -174,7 +174,7 @@ mod tests {
         let reader = tokio::spawn(async move { copy(&mut far, &mut sink()).await.unwrap() });
         let not_sent = |near: &Socket| SockRef::from(near).tcp_notsent_lowat().unwrap() as usize;
         let unlimited = not_sent(&near);
-        near.write_all(&[0; LITTLE - 1]).await.unwrap();
+        near.write_all(&vec![0; LITTLE - 1]).await.unwrap();
         assert_eq!(not_sent(&near), unlimited);
         near.write_all(&[0]).await.unwrap();
         assert_eq!(not_sent(&near), *NOT_SENT.start());

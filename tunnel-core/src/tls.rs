@@ -20,7 +20,7 @@ use rustls::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
-    mux::WRITE_BATCH,
+    mux::{READ_AHEAD, WRITE_BATCH},
     proto::{ALPN_EDGE, ALPN_PEER},
 };
 
@@ -232,6 +232,11 @@ impl ServerTls {
 /// Lets TLS take at once what a [link](crate::Link) writes at once. For both sides of a connection that carries one.
 pub fn widen_for_link<Side>(connection: &mut ConnectionCommon<Side>) {
     connection.set_buffer_limit(Some(*WRITE_BATCH.end()));
+}
+
+/// Lets TLS take at once what a [relay](crate::relay()) hands on at once.
+pub fn widen_for_relay<Side>(connection: &mut ConnectionCommon<Side>) {
+    connection.set_buffer_limit(Some(READ_AHEAD));
 }
 
 impl fmt::Debug for ServerTls {

@@ -924,10 +924,63 @@ mod script {
     #[test]
     fn the_first_window_to_be_opened_answers_a_stream() {
         let mut far = acceptor();
-        far.takes(&[data(SYN, 1, &vec![7; INITIAL as usize / 4])]);
+        far.takes(&[data(SYN, 1, &vec![7; INITIAL as usize / 2])]);
         far.reads(1).unwrap();
         while far.reads(1).is_some() {}
-        assert_eq!(far.says(), [window(ACK, 1, INITIAL / 4)]);
+        assert_eq!(far.says(), [window(ACK, 1, INITIAL / 2)]);
+    }
+
+    #[test]
+    fn a_window_is_opened_when_half_of_it_was_used_or_with_whatever_is_sent_once_a_quarter_was() {
+        let (mut far, quarter) = (acceptor(), INITIAL / 4);
+        let uses = |far: &mut Script, number, bytes: u32| {
+            far.takes(&[data(0, number, &vec![7; bytes as usize])]);
+            while far.reads(number).is_some() {}
+        };
+        far.takes(&[window(SYN, 1, 0), window(SYN, 3, 0), window(SYN, 5, 0)]);
+        uses(&mut far, 1, quarter);
+        uses(&mut far, 3, quarter - 1);
+        assert_eq!(far.says(), []);
+        far.writes(5, b"x");
+        assert_eq!(far.says(), [data(ACK, 5, b"x"), window(ACK, 1, quarter)]);
+        far.writes(5, b"x");
+        assert_eq!(far.says(), [data(0, 5, b"x")]);
+
+        uses(&mut far, 1, 2 * quarter - 1);
+        assert_eq!(far.says(), []);
+        uses(&mut far, 1, 1);
+        assert_eq!(far.says(), [window(0, 1, 2 * quarter)]);
+
+        // In its own turn, behind what it says itself.
+        uses(&mut far, 1, quarter);
+        far.writes(1, b"y");
+        assert_eq!(far.says(), [data(0, 1, b"y"), window(0, 1, quarter)]);
+    }
+
+    #[test]
+    fn what_a_reader_took_is_its_senders_again_only_when_the_reader_comes_for_more() {
+        let (mut far, half) = (acceptor(), INITIAL as usize / 2);
+        far.takes(&[data(SYN, 1, &vec![7; half])]);
+        let mut taken = 0;
+        while taken < half {
+            assert_eq!(far.says(), []);
+            taken += far.reads(1).unwrap().len();
+        }
+        assert_eq!(far.says(), []);
+        assert_eq!(far.reads(1), None);
+        assert_eq!(far.says(), [window(ACK, 1, INITIAL / 2)]);
+    }
+
+    #[test]
+    fn a_window_of_a_stream_that_is_gone_is_not_opened_for_one_of_the_same_number() {
+        let mut far = acceptor();
+        far.takes(&[window(SYN, 3, 0), data(SYN, 1, &vec![7; INITIAL as usize / 4])]);
+        while far.reads(1).is_some() {}
+        far.takes(&[window(RST, 1, 0)]);
+        far.session.discard(1);
+        far.takes(&[window(SYN, 1, 0)]);
+        far.writes(3, b"x");
+        assert_eq!(far.says(), [data(ACK, 3, b"x")]);
     }
 
     /// Writes until no more is sent: how many bytes were.
@@ -1578,7 +1631,7 @@ mod turns {
         far.learns_round_trip();
         for number in [1, 3] {
             far.takes(&[window(SYN, number, 0)]);
-            far.session.receive(&data(0, number, &vec![1; 100_000]).bytes(), far.now).unwrap();
+            far.session.receive(&data(0, number, &vec![1; 140_000]).bytes(), far.now).unwrap();
             while far.reads(number).is_some() {}
         }
         let left = pool.left();

@@ -296,7 +296,10 @@ async fn of_its_protocol<C: Leg + 'static>(
     let (wanted, of) = match domain {
         Domain::Edge => (ALPN_EDGE, "edges"),
         Domain::Peer => (ALPN_PEER, "peers"),
-        Domain::ControlPlane => return Some(stream),
+        Domain::ControlPlane => {
+            tls::widen_for_relay(stream.get_mut().1);
+            return Some(stream);
+        }
     };
     if stream.get_ref().1.alpn_protocol() == Some(wanted) {
         tls::widen_for_link(stream.get_mut().1);

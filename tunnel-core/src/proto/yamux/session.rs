@@ -14,7 +14,7 @@ use super::{
     batch::{Batch, Chunk},
     frame::{Flags, GoAway, HEADER, Header, HeaderError, Kind},
     stream::{Sending, Stream},
-    window::{Budget, RoundTrip, WindowPool},
+    window::{Budget, RoundTrip, UpdateDue, WindowPool},
 };
 use crate::proto::Side;
 
@@ -168,6 +168,9 @@ struct Output {
     sparse_had_turn: bool,
     /// The first of the busy ones had too much for this batch, and comes first in the next.
     postponed: bool,
+    /// Streams whose sender shall be told that it may send more, but may wait for it until anything is sent: a frame of its
+    /// own for each would cost more than the bytes that it lets come.
+    told_with_others: VecDeque<u32>,
 }
 
 impl Session {
@@ -277,16 +280,24 @@ impl Session {
     ) -> Poll<()> {
         let is_over = self.state == State::Ended;
         let Some(stream) = self.streams.get_mut(&number) else { return Poll::Ready(()) };
-        if !stream.receiving.take(segments, limit) {
-            if stream.receiving.ended || is_over {
-                return Poll::Ready(());
-            }
-            stream.receiving.reader = Some(cx.waker().clone());
-            return Poll::Pending;
+        let receiving = &mut stream.receiving;
+        let is_ready = receiving.take(segments, limit) || receiving.ended || is_over;
+        if !is_ready {
+            receiving.reader = Some(cx.waker().clone());
         }
-        stream.receiving.make_room(now, self.round_trip.shortest(), &mut self.window_budget);
-        self.schedule(number);
-        Poll::Ready(())
+        match receiving.update_due() {
+            UpdateDue::No => {}
+            UpdateDue::WithOthers if receiving.told_with_others => {}
+            UpdateDue::WithOthers => {
+                receiving.told_with_others = true;
+                self.output.told_with_others.push_back(number);
+            }
+            UpdateDue::Now => {
+                receiving.make_room(now, self.round_trip.shortest(), &mut self.window_budget);
+                self.schedule(number);
+            }
+        }
+        if is_ready { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// A stream is answered by its first bytes. But while many wait for theirs, or one for long, the far side shall not
@@ -545,6 +556,7 @@ impl Session {
             }
         }
         if batch.has_remaining() {
+            self.transmit_with_others(batch, limit, now);
             if let Some(number) = self.round_trip.ping(now) {
                 let flags = Flags::SYN;
                 batch.push_header(&Header { kind: Kind::Ping, flags, stream: 0, length: number });
@@ -563,6 +575,26 @@ impl Session {
         }
         for stream in self.output.refusals.drain(..) {
             batch.push_header(&Header { kind: Kind::WindowUpdate, flags: Flags::RST, stream, length: 0 });
+        }
+    }
+
+    /// What could wait for others, as far as it fits.
+    fn transmit_with_others(&mut self, batch: &mut Batch, limit: usize, now: Instant) {
+        while batch.remaining() + HEADER <= limit {
+            let Some(number) = self.output.told_with_others.pop_front() else { break };
+            let Some(stream) = self.streams.get_mut(&number) else { continue };
+            stream.receiving.told_with_others = false;
+            // It may have been told meanwhile.
+            if stream.receiving.update_due() == UpdateDue::No {
+                continue;
+            }
+            stream.receiving.make_room(now, self.round_trip.shortest(), &mut self.window_budget);
+            // Otherwise it has its turn, and says it then.
+            if !stream.queued
+                && let Some(header) = stream.next_header()
+            {
+                batch.push_header(&header);
+            }
         }
     }
 
@@ -626,6 +658,9 @@ impl Session {
         if stream.unacknowledged {
             self.unacknowledged -= 1;
             self.openers.due = true;
+        }
+        if stream.receiving.told_with_others {
+            self.output.told_with_others.retain(|other| *other != number);
         }
         if stream.queued {
             self.output.forgotten += 1;

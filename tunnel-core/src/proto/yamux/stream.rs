@@ -10,7 +10,7 @@ use super::{
     CHUNK_BODY, FRAME_BODY, SEND_BUFFER, SMALL,
     batch::Chunk,
     frame::{Flags, Header, Kind},
-    window::{Budget, INITIAL, ReceiveWindow},
+    window::{Budget, INITIAL, ReceiveWindow, UpdateDue},
 };
 
 /// Most bytes that go before those of streams that have many.
@@ -36,11 +36,15 @@ pub(super) struct Receiving {
     segments: VecDeque<Vec<u8>>,
     /// Bytes in the segments, and those of a frame whose body has not arrived as a whole.
     unread: usize,
+    /// Bytes that the reader took last. It is done with them when it asks for more.
+    held: usize,
     /// No more will come: a FIN, or a reset.
     pub(super) ended: bool,
     pub(super) reader: Option<Waker>,
     /// What the sender is still to be told that it may send.
     update: u32,
+    /// It shall be told more, with whatever is sent next.
+    pub(super) told_with_others: bool,
 }
 
 /// The direction to the far side.
@@ -82,9 +86,11 @@ impl Stream {
                 window: ReceiveWindow::new(now),
                 segments: VecDeque::new(),
                 unread: 0,
+                held: 0,
                 ended: false,
                 reader: None,
                 update: 0,
+                told_with_others: false,
             },
             sending: Sending {
                 segments: VecDeque::new(),
@@ -261,16 +267,20 @@ impl Receiving {
             segments.push_back(segment);
         }
         self.unread -= taken;
+        self.held = taken;
         taken > 0
     }
 
-    /// Sees whether the sender shall be told that it may send more.
+    /// Whether the sender shall be told that it may send more.
+    pub(super) fn update_due(&self) -> UpdateDue {
+        if self.ended { UpdateDue::No } else { self.window.update_due(self.unread + self.held) }
+    }
+
+    /// Lets the sender send more: it is told so by the next header.
     pub(super) fn make_room(&mut self, now: Instant, rtt: Option<Duration>, budget: &mut Budget) {
-        if !self.ended {
-            // A far side that reads nothing can go on all the same, and is never told.
-            let more = self.window.update(self.unread, now, rtt, budget).unwrap_or(0);
-            self.update = self.update.saturating_add(more);
-        }
+        // A far side that reads nothing can go on all the same, and is never told.
+        let more = self.window.update(self.unread + self.held, now, rtt, budget);
+        self.update = self.update.saturating_add(more);
     }
 
     /// How many bytes were lost by it. A window that was to be opened still is: a sender that has bytes left shall

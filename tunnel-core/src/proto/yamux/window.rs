@@ -1,10 +1,10 @@
 //! How much a side may send before it is told that there is room for more: large enough for the way's bandwidth times
 //! its delay, and no larger.
 //!
-//! Every stream begins with [`INITIAL`], as the protocol wants it. A quarter of the window that is consumed within half
-//! a round trip says that the sender waits for us more than for the network, and the window is doubled. It so ends at
-//! two to four times what is under way at any time, if the budget allows. A window never shrinks; what it grew by is
-//! given back when the stream ends.
+//! Every stream begins with [`INITIAL`], as the protocol wants it. A half of the window that is consumed within one round
+//! trip says that the sender waits for us more than for the network, and the window is doubled. It so ends at two to four
+//! times what is under way at any time, if the budget allows. A window never shrinks; what it grew by is given back when
+//! the stream ends.
 
 use std::{
     collections::VecDeque,
@@ -124,28 +124,49 @@ impl ReceiveWindow {
         (self.size - INITIAL) as usize
     }
 
-    /// What the sender shall be told that it may send more, once that is worth a frame. `unread` bytes have arrived
-    /// and were not taken. Growing takes from `budget`.
+    /// Whether the sender shall be told that it may send more. `unread` bytes have arrived and are not consumed.
+    pub(super) fn update_due(&self, unread: usize) -> UpdateDue {
+        match self.consumed(unread) {
+            consumed if consumed >= self.size / 2 => UpdateDue::Now,
+            consumed if consumed >= self.size / 4 => UpdateDue::WithOthers,
+            _ => UpdateDue::No,
+        }
+    }
+
+    fn consumed(&self, unread: usize) -> u32 {
+        (self.size - self.open).saturating_sub(u32::try_from(unread).unwrap_or(u32::MAX))
+    }
+
+    /// What the sender shall be told that it may send more. Growing takes from `budget`.
     pub(super) fn update(
         &mut self,
         unread: usize,
         now: Instant,
         rtt: Option<Duration>,
         budget: &mut Budget,
-    ) -> Option<u32> {
-        let unread = u32::try_from(unread).unwrap_or(u32::MAX);
-        let consumed = (self.size - self.open).saturating_sub(unread);
-        if consumed < self.size / 4 {
-            return None;
-        }
-        let soon = rtt.is_some_and(|rtt| now.saturating_duration_since(self.updated) < rtt.max(SHORTEST) / 2);
-        let wanted = if soon { self.size.min(i32::MAX as u32 - self.size) } else { 0 };
+    ) -> u32 {
+        let consumed = self.consumed(unread);
+        let elapsed = now.saturating_duration_since(self.updated).as_nanos();
+        // A half in a round trip: of more or less than a half, in as much more or less time.
+        let soon = |rtt: Duration| {
+            elapsed * u128::from(self.size) < rtt.max(SHORTEST).as_nanos() * 2 * u128::from(consumed)
+        };
+        let wanted = if rtt.is_some_and(soon) { self.size.min(i32::MAX as u32 - self.size) } else { 0 };
         let growth = u32::try_from(budget.take(wanted as usize)).unwrap_or(0);
         self.size += growth;
         self.open += consumed + growth;
         self.updated = now;
-        Some(consumed + growth)
+        consumed + growth
     }
+}
+
+/// When the sender is told that it may send more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UpdateDue {
+    No,
+    /// With whatever is sent anyway: there is time.
+    WithOthers,
+    Now,
 }
 
 /// The round trip of a connection, measured by pings while there is traffic.
@@ -194,13 +215,15 @@ mod tests {
     fn settled(rtt: Duration, rate: f64, budget: usize) -> u32 {
         let (mut now, mut left) = (Instant::now(), Budget::new(budget));
         let mut window = ReceiveWindow::new(now);
-        for _ in 0..1000 {
-            let quarter = window.size / 4;
+        for turn in 0..1000 {
+            // Now a half of it, as when nothing else is sent, now less.
+            let part = [2, 2, 4, 3][turn % 4];
             // No more than one window a round trip, and no more than the rate.
-            let window_limited = rtt.as_secs_f64() / 4.0;
-            now += Duration::from_secs_f64(window_limited.max(f64::from(quarter) / rate));
-            assert!(window.take(quarter));
-            assert!(window.update(0, now, Some(rtt), &mut left).is_some());
+            let window_limited = rtt.as_secs_f64() / f64::from(part);
+            let bytes = window.size / part;
+            now += Duration::from_secs_f64(window_limited.max(f64::from(bytes) / rate));
+            assert!(window.take(bytes));
+            assert!(window.update(0, now, Some(rtt), &mut left) >= bytes);
         }
         assert_eq!((left.left + window.grown(), left.taken), (budget, window.grown()));
         window.size
@@ -245,9 +268,10 @@ mod tests {
         let now = Instant::now();
         let mut window = ReceiveWindow::new(now);
         assert!(window.take(INITIAL));
-        let mut budget = Budget::new(1 << 20);
-        assert_eq!(window.update(INITIAL as usize, now, Some(MS), &mut budget), None);
-        assert_eq!(window.update((INITIAL - INITIAL / 4 + 1) as usize, now, Some(MS), &mut budget), None);
+        let due = |consumed: u32| window.update_due((INITIAL - consumed) as usize);
+        assert_eq!((due(0), due(INITIAL / 4 - 1)), (UpdateDue::No, UpdateDue::No));
+        assert_eq!((due(INITIAL / 4), due(INITIAL / 2 - 1)), (UpdateDue::WithOthers, UpdateDue::WithOthers));
+        assert_eq!((due(INITIAL / 2), due(INITIAL)), (UpdateDue::Now, UpdateDue::Now));
         assert!(!window.take(1));
     }
 

@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
                         help=f"of these workloads, or all that begin so: {', '.join(WORKLOADS)}")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="of each measurement (5)")
     parser.add_argument("--seconds", type=float, default=3, metavar="S",
-                        help="of each measurement (3); networks of the lab may need more, and take it")
+                        help="of each measurement (3); what needs more, as networks of the lab do, takes it")
     parser.add_argument("--network", default="loopback", metavar="NAME[,NAME]",
                         help=f"of these: {', '.join((*NETWORKS, *GROUPS))} (loopback)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all runs, and what they were measured on")
@@ -153,11 +153,11 @@ def copies(folder: Path, source: Path, names: Iterable[str]) -> Path:
 def run(results: Results, kit: Kit, place: Place, systems: Sequence[str], options: argparse.Namespace) -> None:
     """All workloads on one network. Each repeat takes every system in turn, each time beginning with another one."""
     network, begun = place.network, time.monotonic()
-    seconds = max(options.seconds, network.least)
     print(f"==> {network.title}", flush=True)
     for workload in (WORKLOADS[name] for name in options.workloads):
         if not workload.on(network.name):
             continue
+        seconds = max(options.seconds, network.least, workload.least)
         for repeat in range(options.repeat):
             first = repeat % len(systems) if systems else 0
             for name in (*systems[first:], *systems[:first]):

@@ -49,6 +49,10 @@ class Driver:
                 raise Broken("the driver has ended without a word")
         return json.loads(text)
 
+    def work(self, seconds: float) -> None:
+        """Lets it work for so long, or until it has ended."""
+        self._wait(seconds)
+
     def end(self) -> float:
         """Waits for its end, which must be a good one, and gives its CPU seconds."""
         self.process.stdin.close()
@@ -96,9 +100,12 @@ def measure(stage: Stage, workload: Workload, network: Network, seconds: float) 
             # All of the driver's is for the opening and the end.
             driver_cpu = 0.0
         else:
+            # Towards the end, while buffers and windows are as large as they become.
+            driver.work(network.warm_up + seconds * 0.75)
+            memory = {name: _pss(program) for name, program in stage.programs.items()}
             driver_cpu = driver.end()
             ends = _cpu(stage.target) - target
-            used, memory = _all_cpu(stage), {name: _pss(program) for name, program in stage.programs.items()}
+            used = _all_cpu(stage)
             figures = driver.line()
     if failed := figures.get("failed"):
         raise Broken(f"{failed:g} of its requests failed")

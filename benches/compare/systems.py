@@ -181,22 +181,21 @@ def edge_tunnel(stage: Stage, other: bool, socket: bool) -> list[str]:
 def relay(stage: Stage, hops: int) -> list[str]:
     place, ca = stage.place, stage.certificates.ca
     gateway, far = stage.certificates.gateway, stage.certificates.far
-    near_port, far_port = place.port(), place.port()
-    accept = ["--accept-tls", f"{gateway.cert},{gateway.key},{ca}"] if hops == 2 else []
-    stage.near("relay-near", stage.kit.compare, "relay", "--listen", f"127.0.0.1:{near_port}",
-               "--to", f"{place.edge_address}:{far_port}", "--dial-tls", f"{gateway.cert},{gateway.key},{ca},far",
-               *accept)
+    near_port, far_port, socket = place.port(), place.port(), stage.folder / "relay.sock"
+    door = ["--listen", f"127.0.0.1:{near_port}", "--accept-tls", f"{gateway.cert},{gateway.key},{ca}"]
+    stage.near("relay-near", stage.kit.compare, "relay", *(door if hops == 2 else ["--listen", f"unix:{socket}"]),
+               "--to", f"{place.edge_address}:{far_port}", "--dial-tls", f"{gateway.cert},{gateway.key},{ca},far")
     stage.far("relay-far", stage.kit.compare, "relay", "--listen", f"{place.edge_address}:{far_port}",
               "--to", f"127.0.0.1:{stage.target_port}", "--accept-tls", f"{far.cert},{far.key},{ca}")
     if hops == 1:
-        return ["--via", f"tcp:127.0.0.1:{near_port}"]
+        return ["--via", f"uds:{socket}"]
     return ["--via", f"tls:127.0.0.1:{near_port}", *stage.tls()]
 
 
 def haproxy(stage: Stage, hops: int) -> list[str]:
     place, ca = stage.place, stage.certificates.ca
     gateway, far = stage.certificates.gateway, stage.certificates.far
-    near_port, far_port = place.port(), place.port()
+    near_port, far_port, socket = place.port(), place.port(), stage.folder / "haproxy.sock"
     # The cipher is that of relay and driver; all else is what a person would write.
     common = """
 global
@@ -211,11 +210,12 @@ defaults
   timeout client 5m
   timeout server 5m
 """
-    bind = f" ssl crt {gateway.both} ca-file {ca} verify required" if hops == 2 else ""
+    tls = f"ssl crt {gateway.both} ca-file {ca} verify required"
+    bind = f"127.0.0.1:{near_port} {tls}" if hops == 2 else f"unix@{socket}"
     stage.near("haproxy-near", "haproxy", "-db", "-f", stage.file("near.cfg", f"""{common}
 listen near
-  bind 127.0.0.1:{near_port}{bind}
-  server far {place.edge_address}:{far_port} ssl crt {gateway.both} ca-file {ca} verify required verifyhost far
+  bind {bind}
+  server far {place.edge_address}:{far_port} {tls} verifyhost far
 """))
     stage.far("haproxy-far", "haproxy", "-db", "-f", stage.file("far.cfg", f"""{common}
 listen far
@@ -223,7 +223,7 @@ listen far
   server target 127.0.0.1:{stage.target_port}
 """))
     if hops == 1:
-        return ["--via", f"tcp:127.0.0.1:{near_port}"]
+        return ["--via", f"uds:{socket}"]
     return ["--via", f"tls:127.0.0.1:{near_port}", *stage.tls()]
 
 
@@ -337,9 +337,9 @@ SYSTEMS = {system.name: system for system in (
     System("other", 2, "another build of edge-tunnel, mTLS", lambda stage: edge_tunnel(stage, True, False)),
     System("other-uds", 1, "another build of edge-tunnel, Unix socket", lambda stage: edge_tunnel(stage, True, True)),
     System("relay", 2, "the limit: two plain tokio-rustls relays, mTLS", lambda stage: relay(stage, 2)),
-    System("relay-1", 1, "the limit: the same, the client by plain TCP", lambda stage: relay(stage, 1)),
+    System("relay-1", 1, "the limit: the same, the client by a Unix socket", lambda stage: relay(stage, 1)),
     System("haproxy", 2, "two of them, mTLS", lambda stage: haproxy(stage, 2)),
-    System("haproxy-1", 1, "two of them, the client by plain TCP", lambda stage: haproxy(stage, 1)),
+    System("haproxy-1", 1, "the same, the client by a Unix socket", lambda stage: haproxy(stage, 1)),
     System("konnectivity", 2, "HTTP CONNECT over mTLS",
            lambda stage: konnectivity(stage, "connect-tls"), "konnectivity"),
     System("konnectivity-uds", 1, "HTTP CONNECT over a Unix socket",

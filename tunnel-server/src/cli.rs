@@ -18,9 +18,11 @@ use crate::{
     gateway::MAX_PEER_LINKS,
 };
 
-/// What one stream has at a time beside its receive window: the relay's buffers, 64 KiB each way, two of the same size that
-/// wait for the link, and the window of an HTTP/2 stream.
-const RELAY_BUFFERS: usize = 4 * 64 * 1024 + 256 * 1024;
+/// What one stream has at a time beside its receive window: 64 KiB that a relay keeps and twice as much that wait for the
+/// link, 128 KiB in the client's TLS, and the window of an HTTP/2 stream.
+const RELAY_BUFFERS: usize = (64 + 128 + 128 + 256) * 1024;
+/// What one link is just sending: a batch of frames, and as much in TLS.
+const LINK_BATCHES: usize = 2 * 256 * 1024;
 /// What a stream's receive window holds before it grows into the link's budget.
 const STREAM_WINDOW: usize = 256 * 1024;
 
@@ -203,10 +205,12 @@ fn memory(config: &Config) -> String {
             .saturating_mul(link.window_budget)
             .saturating_add((2 * MAX_PEER_LINKS).saturating_mul(peer_window)),
     );
+    let of_batches = busy_links.saturating_mul(LINK_BATCHES);
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
     // What is handed on has a second window, on the link of the peer.
     let of_hops = config.peers.as_ref().map_or(0, |_| streams.saturating_mul(STREAM_WINDOW));
-    let total = of_streams.saturating_add(of_windows).saturating_add(of_heads).saturating_add(of_hops);
+    let all = [of_streams, of_windows, of_batches, of_heads, of_hops];
+    let total = all.into_iter().fold(0, usize::saturating_add);
     let peers = if of_hops > 0 {
         let (of_hops, window) = (rounded(of_hops), Size(STREAM_WINDOW));
         format!("      {of_hops:>10}  {streams} streams x {window} on links between gateways\n")
@@ -217,12 +221,15 @@ fn memory(config: &Config) -> String {
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
       {:>10}  windows that have grown (link.receive_window, link.receive_window_total)
+      {:>10}  {busy_links} links x {} that are being sent
       {:>10}  {} connections x {} (ingress.max_header_size)
 {peers}",
         rounded(total),
         rounded(of_streams),
         Size(STREAM_WINDOW + RELAY_BUFFERS),
         rounded(of_windows),
+        rounded(of_batches),
+        Size(LINK_BATCHES),
         rounded(of_heads),
         ingress.max_connections,
         Size(ingress.max_header_size),

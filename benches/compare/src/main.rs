@@ -29,11 +29,11 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 
 use crate::{
     blocks::Direction,
-    relay::{Hop, Relay},
+    relay::{Door, Hop, Relay},
     tls::{Cipher, Files, Named, TlsError},
     way::{Via, Way},
     workloads::{DriveError, Timing, Workload},
@@ -67,8 +67,9 @@ enum Role {
 
 #[derive(Debug, Args)]
 struct RelayArgs {
+    /// IP:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
-    listen: SocketAddr,
+    listen: Door,
     #[arg(long, value_name = "ADDRESS")]
     to: SocketAddr,
     /// Accept TLS only, with this certificate, from clients whose own is from this CA.
@@ -85,7 +86,7 @@ struct RelayArgs {
 #[derive(Debug, Args)]
 struct DriveArgs {
     workload: Workload,
-    /// tcp:ADDRESS, tls:ADDRESS, connect-tls:ADDRESS, connect-uds:PATH, grpc-tls:ADDRESS or grpc-uds:PATH.
+    /// tcp:ADDRESS, uds:PATH, tls:ADDRESS, connect-tls:ADDRESS, connect-uds:PATH, grpc-tls:ADDRESS or grpc-uds:PATH.
     #[arg(long)]
     via: Via,
     /// What CONNECT and Konnectivity's gRPC are asked for.
@@ -123,14 +124,20 @@ struct DriveArgs {
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("cannot listen on {address}: {error}")]
-    Listen { address: SocketAddr, error: io::Error },
+    #[error("cannot listen on {door}: {error}")]
+    Listen { door: Door, error: io::Error },
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]
     Drive(#[from] DriveError),
+}
+
+impl Failure {
+    fn listen(door: &Door) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Listen { door: door.clone(), error }
+    }
 }
 
 fn main() -> ExitCode {
@@ -168,7 +175,7 @@ fn more_files() {
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
-    let listener = TcpListener::bind(address).await.map_err(|error| Failure::Listen { address, error })?;
+    let listener = TcpListener::bind(address).await.map_err(Failure::listen(&Door::Tcp(address)))?;
     print(&format!("listening {}", listener.local_addr()?))?;
     Ok(listener)
 }
@@ -184,7 +191,15 @@ async fn relay(args: RelayArgs) -> Result<(), Failure> {
     };
     let buffer = usize::from(args.buffer) * 1024;
     let relay = Relay { to: args.to, accept, dial, buffer };
-    Ok(relay.serve(&bind(args.listen).await?).await?)
+    match &args.listen {
+        Door::Tcp(address) => relay.serve(&bind(*address).await?).await?,
+        Door::Unix(path) => {
+            let listener = UnixListener::bind(path).map_err(Failure::listen(&args.listen))?;
+            print(&format!("listening {}", args.listen))?;
+            relay.serve(&listener).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn drive(args: DriveArgs) -> Result<(), Failure> {

@@ -47,7 +47,6 @@ pub(crate) async fn serve(listener: &TcpListener) -> io::Result<()> {
 }
 
 async fn answer(mut connection: TcpStream, runs: Arc<Runs>) -> io::Result<()> {
-    connection.set_nodelay(true)?;
     let kind = connection.read_u8().await?;
     if !matches!(kind, SINK | SOURCE) {
         return answer_as(kind, connection, &runs).await;

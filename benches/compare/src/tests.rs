@@ -141,6 +141,19 @@ async fn straight_to_the_target() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_a_unix_socket_and_a_relay() {
+    let target = Program::target().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relay.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let relay = Relay { to: target.address, accept: Hop::Plain, dial: Hop::Plain, buffer: 64 * 1024 };
+    let serving = async move { relay.serve(&listener).await.unwrap() };
+    let _relay = AbortOnDropHandle::new(tokio::spawn(serving));
+    let via = format!("uds:{}", path.display()).parse().unwrap();
+    every_workload(&Way::new(via, String::new(), None, String::new()).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn over_two_relays_with_tls() {
     let target = Program::target().await;
     every_workload(&Hops::to(&target).await.way()).await;

@@ -27,7 +27,9 @@ const MAX_HEAD: usize = 16 * 1024;
 pub(crate) enum Via {
     /// A port that the system maps to the target.
     Tcp(String),
-    /// The same, with TLS.
+    /// The same, a Unix socket.
+    Uds(String),
+    /// A port, with TLS.
     Tls(String),
     /// HTTP/1.1 CONNECT over TLS.
     ConnectTls(String),
@@ -47,13 +49,14 @@ impl FromStr for Via {
         let place = place.to_owned();
         match kind {
             "tcp" => Ok(Self::Tcp(place)),
+            "uds" => Ok(Self::Uds(place)),
             "tls" => Ok(Self::Tls(place)),
             "connect-tls" => Ok(Self::ConnectTls(place)),
             "connect-uds" => Ok(Self::ConnectUds(place)),
             "grpc-tls" => Ok(Self::GrpcTls(place)),
             "grpc-uds" => Ok(Self::GrpcUds(place)),
             _ => Err(format!(
-                "has the kind {kind:?}, which is none of tcp, tls, connect-tls, connect-uds, grpc-tls and grpc-uds"
+                "has the kind {kind:?}, which is none of tcp, uds, tls, connect-tls, connect-uds, grpc-tls and grpc-uds"
             )),
         }
     }
@@ -63,6 +66,7 @@ impl fmt::Display for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kind, place) = match self {
             Self::Tcp(place) => ("tcp", place),
+            Self::Uds(place) => ("uds", place),
             Self::Tls(place) => ("tls", place),
             Self::ConnectTls(place) => ("connect-tls", place),
             Self::ConnectUds(place) => ("connect-uds", place),
@@ -98,6 +102,7 @@ pub(crate) struct Way {
 #[derive(Clone)]
 enum Front {
     Tcp(String),
+    Uds(String),
     Tls(String, TlsConnector, ServerName<'static>),
     ConnectTls(String, TlsConnector, ServerName<'static>),
     ConnectUds(String),
@@ -116,6 +121,7 @@ impl Way {
         let needed = || files.ok_or_else(|| TlsError::Missing { via: text.clone() });
         let front = match via {
             Via::Tcp(address) => Front::Tcp(address),
+            Via::Uds(path) => Front::Uds(path),
             Via::Tls(address) => Front::Tls(address, needed()?.connector()?, tls::server_name(&name)?),
             Via::ConnectTls(address) => {
                 Front::ConnectTls(address, needed()?.connector()?, tls::server_name(&name)?)
@@ -141,6 +147,7 @@ impl Way {
     async fn open_unbounded(&self) -> io::Result<Stream> {
         Ok(match &self.front {
             Front::Tcp(address) => Box::new(tcp(address).await?),
+            Front::Uds(path) => Box::new(UnixStream::connect(path).await?),
             Front::Tls(address, connector, name) => Box::new(tls_to(address, connector, name).await?),
             Front::ConnectTls(address, connector, name) => {
                 let mut front = tls_to(address, connector, name).await?;

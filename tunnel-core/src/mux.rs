@@ -44,12 +44,14 @@ pub(crate) use crate::proto::yamux::OpenFailed;
 pub(crate) const WRITE_BATCH: RangeInclusive<usize> = 64 * 1024..=256 * 1024;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
-/// Bytes that a stream takes from the session at once, and hands on in one write.
+/// Bytes that a stream takes from the session at once, to hand them on in as few writes as it can.
 pub(crate) const READ_AHEAD: usize = 128 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
 const TURNS: usize = 8;
 /// yamux gives every stream this much receive window at least.
 pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
+// What is taken counts until the reader comes for more. If that were most of the window, the sender would wait each time.
+const _: () = assert!(READ_AHEAD <= STREAM_WINDOW / 2);
 /// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last
 /// bytes have not left yet, count too: up to as many as this for each of the maximum, and some more.
 const STREAM_HEADROOM: (usize, usize) = (2, 64);
@@ -257,12 +259,12 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
         ready!(Pin::new(&mut self.io).poll_flush(cx))?;
         if !self.batch.has_remaining() && !self.closing {
             let (batch, now) = (&mut self.batch, now());
-            let limit = self.pace.line(WRITE_BATCH);
+            let limit = self.pace.line(WRITE_BATCH, now);
             self.closing = self.shared.with(|session| {
                 session.transmit(batch, limit, cx, now);
                 session.is_closed()
             });
-            self.pace.note(self.batch.remaining(), now);
+            self.pace.note(self.batch.remaining());
             if !self.batch.has_remaining() {
                 return Poll::Pending;
             }
@@ -539,6 +541,74 @@ mod tests {
                 let ended = ended.unwrap();
                 assert!(matches!(ended, Ok(()) | Err(MuxError::ClosedByPeer | MuxError::Io(_))), "{ended:?}");
             }
+        }
+    }
+
+    /// Takes everything at once, and notes how much that was.
+    struct Scale(Arc<Mutex<Vec<usize>>>);
+
+    impl AsyncRead for Scale {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncBufRead for Scale {
+        fn poll_fill_buf(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+            Poll::Pending
+        }
+
+        fn consume(self: Pin<&mut Self>, _: usize) {}
+    }
+
+    impl AsyncWrite for Scale {
+        fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+        }
+
+        fn poll_write_vectored(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            pieces: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            let bytes = pieces.iter().map(|piece| piece.len()).sum();
+            self.0.lock().push(bytes);
+            Poll::Ready(Ok(bytes))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            true
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_is_as_large_as_the_connection_is_fast() {
+        let sizes = Arc::new(Mutex::new(Vec::new()));
+        let mux = Mux::start(Scale(sizes.clone()), Side::Dialer, MuxConfig { max_streams: 64, ..CONFIG });
+        let (small, large) = (*WRITE_BATCH.start(), *WRITE_BATCH.end());
+        // How long it rested before, how many streams send all that they may at once, and the largest batch then.
+        for (rest, count, largest) in
+            [(0, 32, small), (20, 8, large), (3_600_000, 8, small), (20, 8, 3 * small)]
+        {
+            tokio::time::advance(Duration::from_millis(rest)).await;
+            let mut streams = Vec::new();
+            for _ in 0..count {
+                streams.push(mux.handle.open().await.unwrap());
+            }
+            let bytes = vec![7; STREAM_WINDOW];
+            futures_util::future::join_all(streams.iter_mut().map(|stream| stream.write_all(&bytes))).await;
+            tokio::task::yield_now().await;
+            let most = sizes.lock().drain(..).max().unwrap();
+            let expected = largest - 1000..=largest + yamux::HEADERS_BEYOND;
+            assert!(expected.contains(&most), "{most} after {rest} ms");
         }
     }
 

@@ -64,8 +64,8 @@ impl Socket {
         if self.written < LITTLE {
             return;
         }
-        self.pace.note(bytes, Instant::now().into_std());
-        let line = self.pace.line(NOT_SENT);
+        self.pace.note(bytes);
+        let line = self.pace.line(NOT_SENT, Instant::now().into_std());
         // To a power of two: the kernel need not hear of every change.
         let line = 1 << line.ilog2();
         if line != self.not_sent {
@@ -132,7 +132,7 @@ impl Leg for Socket {
     }
 
     fn abort(&mut self, _: &Aborted) {
-        let _ = self.stream.set_zero_linger();
+        self.arm();
     }
 
     fn finish(&mut self) {
@@ -181,9 +181,14 @@ mod tests {
 
         let mut bytes = LITTLE;
         for (milliseconds, mebibytes, kibibytes) in [(20, 4, 256), (20, 20, 1024), (1000, 4, 128)] {
-            near.write_all(&vec![0; (mebibytes << 20) - 1]).await.unwrap();
+            let all = vec![0; (mebibytes << 20) - 1];
+            let mut left = &all[..];
+            while !left.is_empty() {
+                let written = near.write_vectored(&[IoSlice::new(left)]).await.unwrap();
+                left = &left[written..];
+            }
             advance(Duration::from_millis(milliseconds)).await;
-            near.write_all(&[0]).await.unwrap();
+            assert_eq!(near.write_vectored(&[IoSlice::new(&[0])]).await.unwrap(), 1);
             assert_eq!(not_sent(&near), kibibytes << 10, "{mebibytes} MiB in {milliseconds} ms");
             bytes += mebibytes << 20;
         }

@@ -21,7 +21,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
     mux::{READ_AHEAD, WRITE_BATCH},
-    proto::{ALPN_EDGE, ALPN_PEER},
+    proto::{ALPN_EDGE, ALPN_PEER, yamux::HEADERS_BEYOND},
 };
 
 /// One of the three sides that a gateway shows to the world.
@@ -231,7 +231,7 @@ impl ServerTls {
 
 /// Lets TLS take at once what a [link](crate::Link) writes at once. For both sides of a connection that carries one.
 pub fn widen_for_link<Side>(connection: &mut ConnectionCommon<Side>) {
-    connection.set_buffer_limit(Some(*WRITE_BATCH.end()));
+    connection.set_buffer_limit(Some(*WRITE_BATCH.end() + HEADERS_BEYOND));
 }
 
 /// Lets TLS take at once what a [relay](crate::relay()) hands on at once.

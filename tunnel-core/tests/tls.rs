@@ -1,7 +1,13 @@
 //! TLS on real sockets: three trust domains that never mix, credentials that reload, records that are full.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -273,4 +279,23 @@ async fn bulk_leaves_in_full_records() {
     assert_eq!(full, bulk / 16_372, "{lengths:?}");
     assert!(lengths.len() <= full + 8, "{} records for {full} frames: {lengths:?}", lengths.len());
     tap.abort();
+}
+
+#[tokio::test]
+async fn what_a_link_or_a_relay_writes_at_once_is_taken_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = authority("edge").issue(dir.path(), "both", |_| {});
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let (acceptor, connector) =
+        (server(Domain::Edge, &files).acceptor(), client(Domain::Edge, &files).connector());
+    let name = ServerName::try_from("localhost").unwrap();
+    let (near, far) = tokio::join!(connector.connect(name, near), acceptor.accept(far));
+    let (mut near, mut far) = (near.unwrap(), far.unwrap());
+    let (dialled, accepted) = (near.get_mut().1, far.get_mut().1);
+    tls::widen_for_link(dialled);
+    tls::widen_for_relay(accepted);
+    let bytes = vec![0; 1 << 20];
+    let taken = dialled.writer().write(&bytes).unwrap();
+    assert!((256 << 10..300 << 10).contains(&taken), "{taken}");
+    assert_eq!(accepted.writer().write(&bytes).unwrap(), 128 << 10);
 }

@@ -18,7 +18,10 @@ use bytes::{Buf, BufMut};
 use proptest::prelude::*;
 use tunnel_core::proto::{
     Side,
-    yamux::{Batch, Chunk, Config, Error, INITIAL, OpenFailed, Place, Session, StreamEnded, WindowPool},
+    yamux::{
+        Batch, Chunk, Config, Error, HEADERS_BEYOND, INITIAL, OpenFailed, Place, Session, StreamEnded,
+        WindowPool,
+    },
 };
 
 const DATA: u8 = 0;
@@ -837,7 +840,7 @@ mod script {
             let mut batch = Batch::default();
             ignore(&mut self.session, |session, cx| session.transmit(&mut batch, limit, cx, self.now));
             let bytes = drain(&mut batch);
-            assert!(bytes.len() <= limit, "{} bytes for {limit}", bytes.len());
+            assert!(bytes.len() <= limit.saturating_add(HEADERS_BEYOND), "{} bytes for {limit}", bytes.len());
             let mut parser = Parser::default();
             let mut frames = parser.feed(&bytes);
             assert!(parser.0.is_empty(), "a part of a frame");
@@ -959,16 +962,49 @@ mod script {
 
     #[test]
     fn what_a_reader_took_is_its_senders_again_only_when_the_reader_comes_for_more() {
-        let (mut far, half) = (acceptor(), INITIAL as usize / 2);
-        far.takes(&[data(SYN, 1, &vec![7; half])]);
-        let mut taken = 0;
-        while taken < half {
+        let mut far = acceptor();
+        far.takes(&[data(SYN, 1, &vec![7; INITIAL as usize])]);
+        let (mut consumed, mut held) = (0, 0);
+        while consumed < INITIAL / 2 {
             assert_eq!(far.says(), []);
-            taken += far.reads(1).unwrap().len();
+            consumed += held;
+            held = u32::try_from(far.reads(1).unwrap().len()).unwrap();
         }
-        assert_eq!(far.says(), []);
-        assert_eq!(far.reads(1), None);
-        assert_eq!(far.says(), [window(ACK, 1, INITIAL / 2)]);
+        assert!(held > 0);
+        assert_eq!(far.says(), [window(ACK, 1, consumed)]);
+        while far.reads(1).is_some() {}
+        far.writes(1, b"x");
+        assert_eq!(far.says(), [data(0, 1, b"x"), window(0, 1, INITIAL - consumed)]);
+    }
+
+    #[test]
+    fn windows_are_opened_with_a_full_batch_too_but_no_more_than_fit_behind_it() {
+        let (mut far, limit) = (Script::new(Side::Acceptor, 50), 64 * 1024);
+        far.takes(&[window(SYN, 1, 0)]);
+        let others = (0..40).map(|other| 3 + 2 * other);
+        for number in others.clone() {
+            far.takes(&[data(SYN, number, &vec![7; INITIAL as usize / 4])]);
+            while far.reads(number).is_some() {}
+        }
+        let mut told = Vec::new();
+        for _ in 0..3 {
+            while far.writes(1, &[1; 16 * 1024]).is_some() {}
+            let frames = far.says_at_once(limit);
+            assert!(frames.iter().map(|frame| frame.body.len()).sum::<usize>() > limit - 100);
+            told.extend(frames.iter().filter(|frame| frame.length == INITIAL / 4).map(|frame| frame.stream));
+        }
+        assert_eq!(told, others.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_window_is_not_opened_for_a_sender_that_has_ended() {
+        let mut far = acceptor();
+        far.takes(&[data(SYN, 1, &vec![7; 3 * INITIAL as usize / 4]), data(FIN, 1, b"")]);
+        for _ in 0..6 {
+            far.reads(1).unwrap();
+        }
+        far.writes(1, b"x");
+        assert_eq!(far.says(), [data(ACK, 1, b"x")]);
     }
 
     #[test]

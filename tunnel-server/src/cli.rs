@@ -205,7 +205,9 @@ fn memory(config: &Config) -> String {
             .saturating_mul(link.window_budget)
             .saturating_add((2 * MAX_PEER_LINKS).saturating_mul(peer_window)),
     );
-    let of_batches = busy_links.saturating_mul(LINK_BATCHES);
+    let peer_links = config.peers.as_ref().map_or(0, |_| 2 * MAX_PEER_LINKS);
+    let sending_links = busy_links.saturating_add(peer_links);
+    let of_batches = sending_links.saturating_mul(LINK_BATCHES);
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
     // What is handed on has a second window, on the link of the peer.
     let of_hops = config.peers.as_ref().map_or(0, |_| streams.saturating_mul(STREAM_WINDOW));
@@ -221,7 +223,7 @@ fn memory(config: &Config) -> String {
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
       {:>10}  windows that have grown (link.receive_window, link.receive_window_total)
-      {:>10}  {busy_links} links x {} that are being sent
+      {:>10}  {sending_links} links x {} that are being sent
       {:>10}  {} connections x {} (ingress.max_header_size)
 {peers}",
         rounded(total),

@@ -277,7 +277,8 @@ impl Ingress {
     ) {
         self.metrics.replied(protocol.label(), 200, "connected");
         let via = routed.via.as_ref().map(GatewayId::as_str);
-        debug!(request = request.id, target = %request.target, node = %routed.node, via, "connected");
+        debug!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node, via,
+               address = routed.address, protocol = protocol.label(), "connected");
         let _counted = Counted::new(&self.metrics.streams_active);
         let started = Instant::now();
         let stop = async {

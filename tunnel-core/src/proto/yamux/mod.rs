@@ -23,6 +23,8 @@ const TLS_RECORD: usize = 16 * 1024;
 const FRAME_BODY: usize = TLS_RECORD - HEADER;
 /// Largest body of a frame that is sent: a [`Chunk`] fills four records, and leaves room for some headers beside it.
 const CHUNK_BODY: usize = 4 * TLS_RECORD - 8 * HEADER;
+/// Bytes of headers that may follow what a batch is limited to: they need no write of their own then.
+pub const HEADERS_BEYOND: usize = 16 * HEADER;
 /// Smallest buffer: a handful of short frames fits one.
 const SMALL: usize = 512;
 /// Bytes of one stream that wait to be sent: whole frames. More would only wait longer.

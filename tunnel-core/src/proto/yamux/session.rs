@@ -10,7 +10,7 @@ use std::{
 use bytes::Buf;
 
 use super::{
-    FRAME_BODY,
+    FRAME_BODY, HEADERS_BEYOND,
     batch::{Batch, Chunk},
     frame::{Flags, GoAway, HEADER, Header, HeaderError, Kind},
     stream::{Sending, Stream},
@@ -170,7 +170,7 @@ struct Output {
     postponed: bool,
     /// Streams whose sender shall be told that it may send more, but may wait for it until anything is sent: a frame of its
     /// own for each would cost more than the bytes that it lets come.
-    told_with_others: VecDeque<u32>,
+    told_with_others: BTreeSet<u32>,
 }
 
 impl Session {
@@ -287,11 +287,7 @@ impl Session {
         }
         match receiving.update_due() {
             UpdateDue::No => {}
-            UpdateDue::WithOthers if receiving.told_with_others => {}
-            UpdateDue::WithOthers => {
-                receiving.told_with_others = true;
-                self.output.told_with_others.push_back(number);
-            }
+            UpdateDue::WithOthers => _ = self.output.told_with_others.insert(number),
             UpdateDue::Now => {
                 receiving.make_room(now, self.round_trip.shortest(), &mut self.window_budget);
                 self.schedule(number);
@@ -541,8 +537,8 @@ impl Session {
         self.wakes.extend(stream.receiving.reader.take());
     }
 
-    /// Adds frames to `batch` while it surely holds no more than `limit` bytes, which must be 16 KiB or more. If there
-    /// are none, `cx` is woken once there are.
+    /// Adds frames to `batch` while it surely holds no more than `limit` bytes, which must be 16 KiB or more, and behind
+    /// them up to [`HEADERS_BEYOND`] bytes of headers. If there are none, `cx` is woken once there are.
     pub fn transmit(&mut self, batch: &mut Batch, limit: usize, cx: &mut Context<'_>, now: Instant) {
         if matches!(self.state, State::Closed | State::Ended) {
             return;
@@ -580,10 +576,10 @@ impl Session {
 
     /// What could wait for others, as far as it fits.
     fn transmit_with_others(&mut self, batch: &mut Batch, limit: usize, now: Instant) {
-        while batch.remaining() + HEADER <= limit {
-            let Some(number) = self.output.told_with_others.pop_front() else { break };
+        // A ping may follow.
+        while batch.remaining() + 2 * HEADER <= limit.saturating_add(HEADERS_BEYOND) {
+            let Some(number) = self.output.told_with_others.pop_first() else { break };
             let Some(stream) = self.streams.get_mut(&number) else { continue };
-            stream.receiving.told_with_others = false;
             // It may have been told meanwhile.
             if stream.receiving.update_due() == UpdateDue::No {
                 continue;
@@ -659,9 +655,7 @@ impl Session {
             self.unacknowledged -= 1;
             self.openers.due = true;
         }
-        if stream.receiving.told_with_others {
-            self.output.told_with_others.retain(|other| *other != number);
-        }
+        self.output.told_with_others.remove(&number);
         if stream.queued {
             self.output.forgotten += 1;
             self.sweep();
@@ -708,5 +702,27 @@ impl Output {
         self.sparse_had_turn = sparse_next && !self.sparse.is_empty();
         let next = if self.sparse_had_turn { self.sparse.pop_front() } else { self.busy.pop_front() };
         next.or_else(|| self.sparse.pop_front())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::INITIAL, *};
+
+    #[test]
+    fn nothing_is_kept_of_streams_that_are_gone() {
+        let (now, cx) = (Instant::now(), &mut Context::from_waker(Waker::noop()));
+        let mut far = Session::new(Side::Acceptor, Config { max_streams: 4, window_budget: 0 });
+        let header = |kind, flags, stream, length| Header { kind, flags, stream, length }.encode();
+        for number in (1..1000).step_by(2) {
+            let quarter = INITIAL / 4;
+            far.receive(&header(Kind::Data, Flags::SYN, number, quarter), now).unwrap();
+            far.receive(&vec![7; quarter as usize], now).unwrap();
+            while far.poll_read(number, cx, &mut VecDeque::new(), 1, now).is_ready() {}
+            assert_eq!(far.output.told_with_others.len(), 1);
+            far.receive(&header(Kind::WindowUpdate, Flags::RST, number, 0), now).unwrap();
+            far.discard(number);
+            assert!(far.streams.is_empty() && far.output.told_with_others.is_empty());
+        }
     }
 }

@@ -43,8 +43,6 @@ pub(super) struct Receiving {
     pub(super) reader: Option<Waker>,
     /// What the sender is still to be told that it may send.
     update: u32,
-    /// It shall be told more, with whatever is sent next.
-    pub(super) told_with_others: bool,
 }
 
 /// The direction to the far side.
@@ -90,7 +88,6 @@ impl Stream {
                 ended: false,
                 reader: None,
                 update: 0,
-                told_with_others: false,
             },
             sending: Sending {
                 segments: VecDeque::new(),

@@ -85,7 +85,7 @@ def measure(stage: Stage, workload: Workload, network: Network, seconds: float) 
     argv = stage.drive(workload.kind, *workload.words, "--seconds", seconds, "--warm-up", network.warm_up,
                        "--limit", network.limit)
     limit = network.warm_up + seconds + network.limit + GRACE
-    before = {name: _pss(program) for name, program in stage.programs.items()}
+    before = _all_pss(stage)
     target, cpu = _cpu(stage.target), _all_cpu(stage)
     with stage.place.weather(), Driver(stage, argv, limit) as driver:
         if workload.kind == "idle":
@@ -93,7 +93,7 @@ def measure(stage: Stage, workload: Workload, network: Network, seconds: float) 
             # What it took to open the streams is not what they cost.
             target, cpu = _cpu(stage.target), _all_cpu(stage)
             time.sleep(seconds)
-            used, memory = _all_cpu(stage), {name: _pss(program) for name, program in stage.programs.items()}
+            used, memory = _all_cpu(stage), _all_pss(stage)
             figures = _idle(before, memory)
             ends = _cpu(stage.target) - target
             driver.end()
@@ -102,7 +102,7 @@ def measure(stage: Stage, workload: Workload, network: Network, seconds: float) 
         else:
             # Towards the end, while buffers and windows are as large as they become.
             driver.work(network.warm_up + seconds * 0.75)
-            memory = {name: _pss(program) for name, program in stage.programs.items()}
+            memory = _all_pss(stage)
             driver_cpu = driver.end()
             ends = _cpu(stage.target) - target
             used = _all_cpu(stage)
@@ -144,6 +144,10 @@ def _cpu(program: Program) -> float:
     """User and system seconds of all its threads."""
     fields = _read(program, "stat").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def _all_pss(stage: Stage) -> dict[str, float]:
+    return {name: _pss(program) for name, program in stage.programs.items()}
 
 
 def _pss(program: Program) -> float:

@@ -553,14 +553,6 @@ mod tests {
         }
     }
 
-    impl AsyncBufRead for Scale {
-        fn poll_fill_buf(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
-            Poll::Pending
-        }
-
-        fn consume(self: Pin<&mut Self>, _: usize) {}
-    }
-
     impl AsyncWrite for Scale {
         fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
             self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
@@ -592,7 +584,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_batch_is_as_large_as_the_connection_is_fast() {
         let sizes = Arc::new(Mutex::new(Vec::new()));
-        let mux = Mux::start(Scale(sizes.clone()), Side::Dialer, MuxConfig { max_streams: 64, ..CONFIG });
+        let io = BufReader::new(Scale(sizes.clone()));
+        let mux = Mux::start(io, Side::Dialer, MuxConfig { max_streams: 64, ..CONFIG });
         let (small, large) = (*WRITE_BATCH.start(), *WRITE_BATCH.end());
         // How long it rested before, how many streams send all that they may at once, and the largest batch then.
         for (rest, count, largest) in

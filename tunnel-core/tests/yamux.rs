@@ -1007,18 +1007,6 @@ mod script {
         assert_eq!(far.says(), [data(ACK, 1, b"x")]);
     }
 
-    #[test]
-    fn a_window_of_a_stream_that_is_gone_is_not_opened_for_one_of_the_same_number() {
-        let mut far = acceptor();
-        far.takes(&[window(SYN, 3, 0), data(SYN, 1, &vec![7; INITIAL as usize / 4])]);
-        while far.reads(1).is_some() {}
-        far.takes(&[window(RST, 1, 0)]);
-        far.session.discard(1);
-        far.takes(&[window(SYN, 1, 0)]);
-        far.writes(3, b"x");
-        assert_eq!(far.says(), [data(ACK, 3, b"x")]);
-    }
-
     /// Writes until no more is sent: how many bytes were.
     fn floods(script: &mut Script, number: u32) -> u64 {
         let mut sent = 0;

@@ -199,13 +199,11 @@ fn memory(config: &Config) -> String {
     let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
     // Only a link that carries a stream can have grown its windows.
     let busy_links = streams.min(config.edges.max_links);
-    let peer_window = config.peers.as_ref().map_or(0, |peers| peers.link.window_budget);
+    let (peer_links, peer_window) =
+        config.peers.as_ref().map_or((0, 0), |peers| (2 * MAX_PEER_LINKS, peers.link.window_budget));
     let of_windows = link.window_pool.as_ref().map_or(0, |pool| pool.left()).min(
-        busy_links
-            .saturating_mul(link.window_budget)
-            .saturating_add((2 * MAX_PEER_LINKS).saturating_mul(peer_window)),
+        busy_links.saturating_mul(link.window_budget).saturating_add(peer_links.saturating_mul(peer_window)),
     );
-    let peer_links = config.peers.as_ref().map_or(0, |_| 2 * MAX_PEER_LINKS);
     let sending_links = busy_links.saturating_add(peer_links);
     let of_batches = sending_links.saturating_mul(LINK_BATCHES);
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);

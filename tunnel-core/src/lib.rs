@@ -25,6 +25,8 @@ mod mux;
 #[cfg(feature = "io")]
 mod pace;
 #[cfg(feature = "io")]
+mod read_ahead;
+#[cfg(feature = "io")]
 mod relay;
 #[cfg(feature = "io")]
 mod socket;
@@ -42,7 +44,9 @@ pub use {
     link::{
         ConnectError, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenError, OpenRequest, PendingLink,
     },
-    relay::{Arrived, Leg, RelayEnd, Relayed, relay},
+    mux::{LINK_BUFFERS, STREAM_WINDOW},
+    read_ahead::ReadAhead,
+    relay::{Arrived, Leg, RELAY_BUFFERS, RelayEnd, Relayed, relay},
     socket::Socket,
     stream::{HeaderError, Incoming, PendingStream, TunnelStream},
 };

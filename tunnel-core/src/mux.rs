@@ -35,6 +35,7 @@ use crate::{
             frame::{GoAway, Header},
         },
     },
+    read_ahead::AHEAD,
     relay::Arrived,
 };
 
@@ -42,14 +43,16 @@ pub(crate) use crate::proto::yamux::OpenFailed;
 
 /// Bytes handed to TLS at once, by the connection's pace: full records, which leave in one system call.
 pub(crate) const WRITE_BATCH: RangeInclusive<usize> = 64 * 1024..=256 * 1024;
+/// What a link has in memory beside its windows, in bytes: a batch, as much in TLS, and what was read ahead.
+pub const LINK_BUFFERS: usize = 2 * *WRITE_BATCH.end() + AHEAD;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
 /// Bytes that a stream takes from the session at once, to hand them on in as few writes as it can.
 pub(crate) const READ_AHEAD: usize = 128 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
 const TURNS: usize = 8;
-/// yamux gives every stream this much receive window at least.
-pub(crate) const STREAM_WINDOW: usize = yamux::INITIAL as usize;
+/// The receive window of a stream, in bytes, before it grows into the link's budget: what yamux gives each at least.
+pub const STREAM_WINDOW: usize = yamux::INITIAL as usize;
 // What is taken counts until the reader comes for more. If that were most of the window, the sender would wait each time.
 const _: () = assert!(READ_AHEAD <= STREAM_WINDOW / 2);
 /// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last

@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 use tunnel_core::{
-    ConnectError, Host, Link, LinkConfig, LinkError, Target,
+    ConnectError, Host, Link, LinkConfig, LinkError, ReadAhead, Target,
     proto::{
         ALPN_EDGE, clean_text,
         messages::{Hello, RejectCode, Welcome},
@@ -196,7 +196,7 @@ impl Uplink {
             Some(name) => name.clone(),
             None => server_name(&gateway.address.host)?,
         };
-        let handshake = tls.connect(name, connection);
+        let handshake = tls.connect(name, ReadAhead::new(connection));
         let failed =
             |error: io::Error| UplinkError::Tls { label: tls::label(&error), text: tls::explain(&error) };
         let mut connection = limit.hold("the TLS handshake", handshake).await?.map_err(failed)?;

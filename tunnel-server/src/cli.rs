@@ -9,6 +9,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use humantime::format_duration;
+use tunnel_core::{LINK_BUFFERS, RELAY_BUFFERS, STREAM_WINDOW};
 use tunnel_edge::daemon::settings::{Flags, Size, environment};
 
 pub use pki::PkiCommand;
@@ -16,15 +17,11 @@ pub use pki::PkiCommand;
 use crate::{
     config::{Config, Finding, PeersConfig, Settings},
     gateway::MAX_PEER_LINKS,
+    ingress::HTTP2_WINDOW,
 };
 
-/// What one stream has at a time beside its receive window: 64 KiB that a relay keeps and twice as much that wait for the
-/// link, 128 KiB in the client's TLS, and the window of an HTTP/2 stream.
-const RELAY_BUFFERS: usize = (64 + 128 + 128 + 256) * 1024;
-/// What one link is just sending: a batch of frames, and as much in TLS.
-const LINK_BATCHES: usize = 2 * 256 * 1024;
-/// What a stream's receive window holds before it grows into the link's budget.
-const STREAM_WINDOW: usize = 256 * 1024;
+/// What one stream has in memory at most, its windows not grown: those of the link and of HTTP/2, and what lies between.
+const STREAM_BUFFERS: usize = STREAM_WINDOW + HTTP2_WINDOW as usize + RELAY_BUFFERS;
 
 const RUN_EXAMPLES: &str = "\x1b[1;4mExamples:\x1b[0m
   A gateway with certificates of its own making, then a second look before it runs:
@@ -196,7 +193,7 @@ fn meeting(peers: &PeersConfig) -> String {
 fn memory(config: &Config) -> String {
     let (ingress, link) = (&config.ingress, &config.link);
     let streams = ingress.max_streams.min(config.edges.max_links.saturating_mul(link.max_streams));
-    let of_streams = streams.saturating_mul(STREAM_WINDOW + RELAY_BUFFERS);
+    let of_streams = streams.saturating_mul(STREAM_BUFFERS);
     // Only a link that carries a stream can have grown its windows.
     let busy_links = streams.min(config.edges.max_links);
     let (peer_links, peer_window) =
@@ -204,12 +201,12 @@ fn memory(config: &Config) -> String {
     let of_windows = link.window_pool.as_ref().map_or(0, |pool| pool.left()).min(
         busy_links.saturating_mul(link.window_budget).saturating_add(peer_links.saturating_mul(peer_window)),
     );
-    let sending_links = busy_links.saturating_add(peer_links);
-    let of_batches = sending_links.saturating_mul(LINK_BATCHES);
+    let busy_links = busy_links.saturating_add(peer_links);
+    let of_buffers = busy_links.saturating_mul(LINK_BUFFERS);
     let of_heads = ingress.max_connections.saturating_mul(ingress.max_header_size);
     // What is handed on has a second window, on the link of the peer.
     let of_hops = config.peers.as_ref().map_or(0, |_| streams.saturating_mul(STREAM_WINDOW));
-    let all = [of_streams, of_windows, of_batches, of_heads, of_hops];
+    let all = [of_streams, of_windows, of_buffers, of_heads, of_hops];
     let total = all.into_iter().fold(0, usize::saturating_add);
     let peers = if of_hops > 0 {
         let (of_hops, window) = (rounded(of_hops), Size(STREAM_WINDOW));
@@ -221,15 +218,15 @@ fn memory(config: &Config) -> String {
         "  buffer at most   {}, if every limit is reached at once and nobody reads:
       {:>10}  {streams} streams x {}
       {:>10}  windows that have grown (link.receive_window, link.receive_window_total)
-      {:>10}  {sending_links} links x {} that are being sent
+      {:>10}  {busy_links} links x {} that are being sent or read
       {:>10}  {} connections x {} (ingress.max_header_size)
 {peers}",
         rounded(total),
         rounded(of_streams),
-        Size(STREAM_WINDOW + RELAY_BUFFERS),
+        Size(STREAM_BUFFERS),
         rounded(of_windows),
-        rounded(of_batches),
-        Size(LINK_BATCHES),
+        rounded(of_buffers),
+        Size(LINK_BUFFERS),
         rounded(of_heads),
         ingress.max_connections,
         Size(ingress.max_header_size),

@@ -25,7 +25,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use tunnel_core::{
-    Leg, Socket,
+    Leg, ReadAhead, Socket,
     proto::{ALPN_EDGE, ALPN_PEER},
     tls::{self, Domain, ServerTls},
 };
@@ -257,8 +257,8 @@ pub(crate) async fn handshake<C: Leg + 'static>(
     peer: PeerAddr,
     deadline: Duration,
     metrics: &Metrics,
-) -> Option<Box<TlsStream<C>>> {
-    let accepting = Box::pin(tls.acceptor().accept(conn).into_fallible());
+) -> Option<Box<TlsStream<ReadAhead<C>>>> {
+    let accepting = Box::pin(tls.acceptor().accept(ReadAhead::new(conn)).into_fallible());
     let shaken = match timeout(deadline, accepting).await {
         Ok(Ok(stream)) => Ok(Box::new(stream)),
         Ok(Err((error, conn))) => Err((error, Some(conn))),

@@ -34,7 +34,7 @@ use crate::{listener::report_panic, route::Request};
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Bytes that a client may send on one stream ahead of what the target takes.
-const STREAM_WINDOW: u32 = 256 * 1024;
+pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
 /// Largest window that HTTP/2 knows.
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// Bytes of one stream that wait for a client.

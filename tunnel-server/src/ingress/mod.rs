@@ -33,6 +33,7 @@ use tunnel_core::{
     tls::{Domain, ServerTls},
 };
 
+pub(crate) use self::http2::STREAM_WINDOW as HTTP2_WINDOW;
 use self::reply::{Refusal, Reply};
 use crate::{
     listener::{PeerAddr, handshake},

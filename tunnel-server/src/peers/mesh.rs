@@ -22,8 +22,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Socket,
-    Target,
+    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, ReadAhead,
+    Socket, Target,
     proto::{
         ALPN_PEER, VERSIONS,
         messages::{Capability, Gateway, Hello, Holdings, RejectCode},
@@ -484,7 +484,7 @@ impl Keeper {
         let mut connection = self
             .tls
             .connector()
-            .connect(server_name.clone(), connection)
+            .connect(server_name.clone(), ReadAhead::new(connection))
             .await
             .map_err(|error| PeerError::Tls(tls::explain(&error)))?;
         if connection.get_ref().1.alpn_protocol() != Some(ALPN_PEER) {

@@ -35,10 +35,8 @@ const RST: u16 = 8;
 
 /// Streams at once in the model: few, so that the limit is met.
 const MAX: usize = 6;
-/// What a stream keeps that was not sent.
-const SEND_BUFFER: u64 = 64 * 1024;
-/// Up to here a chunk is taken whole.
-const TAKES_CHUNK: u64 = SEND_BUFFER / 2 - 24;
+/// What a stream keeps that was not sent, if no more of it leaves at once.
+const SEND_BUFFER: u64 = 4 * (16 * 1024 - 12);
 /// Longest body that is put together from what is written.
 const LONGEST: usize = 16 * 1024 - 12;
 /// Longest body that is given, and so the longest that is sent.
@@ -211,6 +209,13 @@ mod model {
         rst_heard: bool,
     }
 
+    impl Half {
+        /// What may wait to be sent: the far side takes it, and it leaves in a batch of this size.
+        fn most_waiting(&self, batch: u64) -> u64 {
+            (u64::from(INITIAL) + self.window - self.sent).min(batch).max(SEND_BUFFER)
+        }
+    }
+
     /// The byte at a place: others for each side, stream and kilobyte.
     fn byte(side: usize, number: u32, at: u64) -> u8 {
         let sum = at.wrapping_mul(31) ^ (at >> 10) ^ (u64::from(number) * 7) ^ (side as u64 * 101);
@@ -223,6 +228,8 @@ mod model {
         wire: VecDeque<u8>,
         sending: Parser,
         hearing: Parser,
+        /// The largest batch that it was asked for last.
+        batch: u64,
         halves: BTreeMap<u32, Half>,
         /// Numbers that the user holds.
         held: Vec<u32>,
@@ -239,6 +246,7 @@ mod model {
                 wire: VecDeque::new(),
                 sending: Parser::default(),
                 hearing: Parser::default(),
+                batch: 0,
                 halves: BTreeMap::new(),
                 held: Vec::new(),
                 transmitter: Flag::new(true),
@@ -312,7 +320,7 @@ mod model {
                 Poll::Ready(Ok(taken)) => {
                     assert!(taken <= bytes && (taken > 0 || bytes == 0) && !half.finished && !is_ended);
                     half.written += taken as u64;
-                    let is_bounded = taken == 0 || half.written - half.sent <= SEND_BUFFER;
+                    let is_bounded = taken == 0 || half.written - half.sent <= half.most_waiting(user.batch);
                     assert!(is_bounded, "more was taken than is bounded");
                     Poll::Ready(Some(taken))
                 }
@@ -345,7 +353,8 @@ mod model {
             match polled {
                 Poll::Ready(Ok(taken)) => {
                     assert!(taken == bytes && !half.finished && !is_ended);
-                    assert!(waited <= TAKES_CHUNK, "more was taken than is bounded");
+                    let is_bounded = waited <= half.most_waiting(user.batch) / 2;
+                    assert!(is_bounded, "more was taken than is bounded");
                     half.written += taken as u64;
                     half.given = true;
                     Poll::Ready(Some(taken))
@@ -355,7 +364,7 @@ mod model {
                     Poll::Ready(None)
                 }
                 Poll::Pending => {
-                    assert!(waited > TAKES_CHUNK, "it waits although there is room");
+                    assert!(waited > SEND_BUFFER / 2, "it waits although there is room");
                     Poll::Pending
                 }
             }
@@ -419,6 +428,7 @@ mod model {
         fn transmit(&mut self, side: usize, limit: usize) -> bool {
             let (now, mut batch, flag) = (self.now, Batch::default(), Flag::new(false));
             let sender = &mut self.sides[side];
+            sender.batch = limit as u64;
             poll(&mut sender.session, &flag, |session, cx| session.transmit(&mut batch, limit, cx, now));
             let bytes = drain(&mut batch);
             if bytes.is_empty() {
@@ -1785,6 +1795,29 @@ mod chunks {
             sent += said.len();
         }
         (given, sent)
+    }
+
+    /// How many bytes of a stream are taken until it has to wait.
+    fn takes_in_all(near: &mut Script, number: u32) -> usize {
+        std::iter::from_fn(|| near.writes(number, &[7; LONGEST])).sum()
+    }
+
+    #[test]
+    fn as_much_of_a_stream_waits_as_leaves_at_once_beside_the_others_and_is_allowed() {
+        const TURNS: usize = 16;
+        let shared = |streams: usize| (TURNS / streams).max(4) * LONGEST;
+        let (mut near, first) = dialer();
+        // A batch that large is asked for, and nothing is left of it.
+        assert!(near.says_at_once(TURNS * ONE_TURN).is_empty());
+        for streams in 1..=6 {
+            let number = if streams == 1 { first } else { near.opens() };
+            assert_eq!(takes_in_all(&mut near, number), shared(streams), "beside {}", streams - 1);
+        }
+        // All of the first has left, and nearly all that the far side takes of it for now.
+        let said = bodies(&near.says_at_once(TURNS * ONE_TURN)).len();
+        assert!(said == shared(1) && said + shared(6) > INITIAL as usize);
+        while !near.says_at_once(TURNS * ONE_TURN).is_empty() {}
+        assert_eq!(takes_in_all(&mut near, first), shared(6));
     }
 
     #[test]

@@ -27,5 +27,5 @@ const CHUNK_BODY: usize = 4 * TLS_RECORD - 8 * HEADER;
 pub const HEADERS_BEYOND: usize = 16 * HEADER;
 /// Smallest buffer: a handful of short frames fits one.
 const SMALL: usize = 512;
-/// Bytes of one stream that wait to be sent: whole frames. More would only wait longer.
+/// Bytes of one stream that may wait to be sent: whole frames. More only if they leave in one batch.
 const SEND_BUFFER: usize = 4 * FRAME_BODY;

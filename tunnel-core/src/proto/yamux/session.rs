@@ -125,6 +125,8 @@ pub struct Session {
     round_trip: RoundTrip,
     window_budget: Budget,
     output: Output,
+    /// As `transmit` was told last.
+    batch_limit: usize,
     state: State,
     /// Whoever calls `transmit`, while there was nothing to send.
     transmitter: Option<Waker>,
@@ -190,6 +192,7 @@ impl Session {
             round_trip: RoundTrip::default(),
             window_budget: Budget::new(config.window_budget),
             output: Output::default(),
+            batch_limit: 0,
             state: State::Open,
             transmitter: None,
             wakes: Vec::new(),
@@ -317,8 +320,8 @@ impl Session {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<Result<usize, StreamEnded>> {
-        let (sending, room) = self.sending(number)?;
-        let taken = room.min(bytes.len());
+        let (sending, share) = self.sending(number)?;
+        let taken = sending.room(share).ok_or(StreamEnded)?.min(bytes.len());
         if taken == 0 && !bytes.is_empty() {
             sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
@@ -336,8 +339,9 @@ impl Session {
         cx: &mut Context<'_>,
         chunk: &mut Option<Chunk>,
     ) -> Poll<Result<usize, StreamEnded>> {
-        let (sending, _) = self.sending(number)?;
-        let Some(given) = sending.give(chunk) else {
+        let (sending, share) = self.sending(number)?;
+        sending.room(share).ok_or(StreamEnded)?;
+        let Some(given) = sending.give(chunk, share) else {
             sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
         };
@@ -345,14 +349,14 @@ impl Session {
         Poll::Ready(Ok(given))
     }
 
-    /// A stream that takes bytes, and how many now.
+    /// A stream, and how much of it may wait to leave in the next batch.
     fn sending(&mut self, number: u32) -> Result<(&mut Sending, usize), StreamEnded> {
         if self.state == State::Ended {
             return Err(StreamEnded);
         }
-        let sending = &mut self.streams.get_mut(&number).ok_or(StreamEnded)?.sending;
-        let room = sending.room().ok_or(StreamEnded)?;
-        Ok((sending, room))
+        let stream = self.streams.get_mut(&number).ok_or(StreamEnded)?;
+        let others = self.output.busy.len().saturating_sub(usize::from(stream.queued));
+        Ok((&mut stream.sending, share(self.batch_limit, others)))
     }
 
     /// No more bytes will be written: the far side reads an end behind those that were.
@@ -543,6 +547,7 @@ impl Session {
         if matches!(self.state, State::Closed | State::Ended) {
             return;
         }
+        self.batch_limit = limit;
         self.transmit_own(batch);
         while has_room(batch, limit) {
             let Some(number) = self.output.next_turn() else { break };
@@ -620,7 +625,7 @@ impl Session {
                 break;
             }
         }
-        self.wakes.extend(stream.sending.take_writer());
+        self.wakes.extend(stream.sending.take_writer(share(limit, self.output.busy.len())));
         if let Some(header) = stream.next_end() {
             batch.push_header(&header);
         }
@@ -688,6 +693,11 @@ impl Openers {
     fn wake_all(&mut self, wakes: &mut Vec<Waker>) {
         wakes.extend(std::mem::take(&mut self.waiting).into_values());
     }
+}
+
+/// What one stream has in a batch beside others that have much to send too, in bytes of whole frames.
+fn share(limit: usize, others: usize) -> usize {
+    limit / (others + 1) / (HEADER + FRAME_BODY) * FRAME_BODY
 }
 
 /// Whether a whole frame fits: what exceeds the limit would leave alone, in a small record.

@@ -289,9 +289,16 @@ impl Receiving {
 }
 
 impl Sending {
+    /// How many bytes may wait, where so many of this stream leave in one batch. What the far side does not take yet would
+    /// only be kept here instead of where it comes from.
+    fn most_waiting(&self, share: usize) -> usize {
+        let allowed = usize::try_from(self.window).unwrap_or(usize::MAX);
+        share.min(allowed).max(SEND_BUFFER)
+    }
+
     /// How many bytes more are taken now. `None` if none ever will be.
-    pub(super) fn room(&self) -> Option<usize> {
-        (self.state == SendState::Open).then(|| SEND_BUFFER.saturating_sub(self.waiting))
+    pub(super) fn room(&self, share: usize) -> Option<usize> {
+        (self.state == SendState::Open).then(|| self.most_waiting(share).saturating_sub(self.waiting))
     }
 
     /// Takes bytes to send, for which there is room.
@@ -310,8 +317,8 @@ impl Sending {
     }
 
     /// Takes all of a chunk, if there is room.
-    pub(super) fn give(&mut self, chunk: &mut Option<Chunk>) -> Option<usize> {
-        let chunk = chunk.take_if(|_| self.waiting <= SEND_BUFFER / 2)?;
+    pub(super) fn give(&mut self, chunk: &mut Option<Chunk>, share: usize) -> Option<usize> {
+        let chunk = chunk.take_if(|_| self.waiting <= self.most_waiting(share) / 2)?;
         let bytes = chunk.len();
         self.waiting += bytes;
         // An empty frame would only be a word for nothing.
@@ -341,8 +348,8 @@ impl Sending {
     }
 
     /// Whoever waits for room, once there is enough for it to be worth waking up.
-    pub(super) fn take_writer(&mut self) -> Option<Waker> {
-        if self.waiting <= SEND_BUFFER / 2 { self.writer.take() } else { None }
+    pub(super) fn take_writer(&mut self, share: usize) -> Option<Waker> {
+        if self.waiting <= self.most_waiting(share) / 2 { self.writer.take() } else { None }
     }
 
     /// The next bytes that the far side takes, as a frame that lacks its header.

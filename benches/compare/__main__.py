@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,9 +108,20 @@ def chosen(option: str, text: str, known: Mapping[str, object], begins: bool = F
     return [name for name in known if any(means(word, name) for word in wanted)]
 
 
+def only_one() -> socket.socket:
+    """Held until this process ends: two runs at once would measure each other."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind("\0edge-tunnel-compare")
+    except OSError:
+        sys.exit("another benches/compare/run is under way, and each would slow down the other; wait for it to end")
+    return name
+
+
 def main() -> int:
     options = arguments()
     if BUILT not in os.environ:
+        alone = only_one()
         wanted = dict.fromkeys(SYSTEMS[name].peer for name in options.systems if SYSTEMS[name].peer)
         built = peers.build(wanted)
         os.environ[BUILT] = json.dumps({name: dataclasses.asdict(peer) for name, peer in built.items()})

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from netlab.lab import Host, Lab, Link
 
@@ -88,13 +89,14 @@ class Place:
             yield
             return
         done = threading.Event()
-        thread = threading.Thread(target=self._outages, args=(done, *self.network.outage))
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            outages = pool.submit(self._outages, done, *self.network.outage)
+            try:
+                yield
+            finally:
+                done.set()
+            # Figures without them would be another network's.
+            outages.result()
 
     def _outages(self, done: threading.Event, every: float, seconds: float) -> None:
         while not done.wait(every - seconds):

@@ -238,7 +238,11 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Future for Driver<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         let this = &mut *self;
         for _ in 0..TURNS {
-            let write = this.poll_write_out(cx)?;
+            let write = match this.poll_write_out(cx) {
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(this.last_words(cx).unwrap_or(error))),
+                Poll::Ready(Ok(())) => Poll::Ready(()),
+                Poll::Pending => Poll::Pending,
+            };
             if this.closing {
                 ready!(write);
                 return Pin::new(&mut this.io).poll_shutdown(cx).map_err(MuxError::from);
@@ -304,6 +308,18 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
             None if taken == 0 => Poll::Pending,
             None => Poll::Ready(Ok(())),
         }
+    }
+
+    /// Why the far side takes no more, if it said so before: its farewell, or TLS's alert, tells more than a write that fails.
+    fn last_words(&mut self, cx: &mut Context<'_>) -> Option<MuxError> {
+        for _ in 0..TURNS {
+            match self.poll_read_in(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Some(error),
+                Poll::Pending => break,
+            }
+        }
+        None
     }
 
     /// Hands what TLS has to the session, from where it lies: how many bytes.
@@ -584,6 +600,33 @@ mod tests {
         }
     }
 
+    /// Reads on, but no write succeeds.
+    struct Failing<T>(T);
+
+    impl<T: AsyncRead + Unpin> AsyncRead for Failing<T> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl<T: Unpin> AsyncWrite for Failing<T> {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_batch_is_as_large_as_the_connection_is_fast() {
         let sizes = Arc::new(Mutex::new(Vec::new()));
@@ -605,6 +648,22 @@ mod tests {
             let most = sizes.lock().drain(..).max().unwrap();
             let expected = largest - 1000..=largest + 1000;
             assert!(expected.contains(&most), "{most} after {rest} ms");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_far_side_said_last_is_heard_although_it_takes_no_more() {
+        for (word, is_farewell) in [(Some(GoAway::Normal), true), (None, false)] {
+            let (near, mut far) = tokio::io::duplex(1 << 20);
+            let mux = Mux::start(BufReader::new(Failing(near)), Side::Dialer, CONFIG);
+            let mut stream = mux.handle.open().await.unwrap();
+            stream.write_all(b"x").await.unwrap();
+            if let Some(word) = word {
+                far.write_all(&Header::go_away(word).encode()).await.unwrap();
+            }
+            let error = mux.task.await.unwrap().unwrap_err();
+            assert_eq!(matches!(error, MuxError::ClosedByPeer), is_farewell, "{error}");
+            assert_eq!(matches!(error, MuxError::Io(_)), !is_farewell, "{error}");
         }
     }
 

@@ -51,7 +51,7 @@ impl<T: AsyncRead + Unpin> ReadAhead<T> {
         bytes.clear();
         bytes.reserve_exact(AHEAD);
         let read = poll_read_buf(Pin::new(&mut self.connection), cx, bytes);
-        if read.is_pending() {
+        if !matches!(read, Poll::Ready(Ok(1..))) {
             (self.ahead, self.plenty) = (Cursor::default(), false);
         }
         read.map_ok(|_| ())
@@ -123,9 +123,10 @@ mod tests {
     use std::io::ErrorKind;
 
     use futures_util::FutureExt;
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::proto::messages::AbortCode;
 
     /// What TLS takes at a time.
     const RECORD: usize = 16 * 1024;
@@ -202,6 +203,84 @@ mod tests {
         }
     }
 
+    /// Notes what it was told.
+    #[derive(Default)]
+    struct Notes(Vec<&'static str>);
+
+    impl AsyncRead for Notes {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Notes {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.0.push("write");
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            pieces: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.0.push("write vectored");
+            Poll::Ready(Ok(pieces.iter().map(|piece| piece.len()).sum()))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            true
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.0.push("flush");
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.0.push("shutdown");
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Leg for Notes {
+        fn arm(&mut self) {
+            self.0.push("arm");
+        }
+
+        fn abort(&mut self, _: &Aborted) {
+            self.0.push("abort");
+        }
+
+        fn finish(&mut self) {
+            self.0.push("finish");
+        }
+
+        fn failure(&self) -> Option<io::Error> {
+            Some(ErrorKind::ConnectionReset.into())
+        }
+    }
+
+    #[test]
+    fn all_but_reading_is_the_connection_s() {
+        let mut leg = ReadAhead::new(Notes::default());
+        leg.arm();
+        leg.write(b"x").now_or_never().unwrap().unwrap();
+        assert!(leg.is_write_vectored());
+        leg.write_vectored(&[IoSlice::new(b"x")]).now_or_never().unwrap().unwrap();
+        leg.flush().now_or_never().unwrap().unwrap();
+        leg.shutdown().now_or_never().unwrap().unwrap();
+        assert_eq!(leg.failure().unwrap().kind(), ErrorKind::ConnectionReset);
+        leg.finish();
+        leg.abort(&Aborted::new(AbortCode::Reset, "gone"));
+        let told = ["arm", "write", "write vectored", "flush", "shutdown", "finish", "abort"];
+        assert_eq!(leg.connection.0, told);
+    }
+
     #[test]
     fn what_was_read_ahead_comes_before_the_end_and_before_a_failure() {
         let reset = || Err(io::Error::from(ErrorKind::ConnectionReset));
@@ -211,6 +290,7 @@ mod tests {
             let (bytes, end) = drain(&mut reader, RECORD);
             assert_eq!(bytes, pattern(5 * RECORD + 7));
             assert_eq!(end.unwrap().is_err(), fails);
+            assert_eq!(reader.ahead.get_ref().capacity(), 0);
         }
     }
 }

@@ -125,8 +125,6 @@ pub struct Session {
     round_trip: RoundTrip,
     window_budget: Budget,
     output: Output,
-    /// As `transmit` was told last.
-    batch_limit: usize,
     state: State,
     /// Whoever calls `transmit`, while there was nothing to send.
     transmitter: Option<Waker>,
@@ -170,6 +168,10 @@ struct Output {
     sparse_had_turn: bool,
     /// The first of the busy ones had too much for this batch, and comes first in the next.
     postponed: bool,
+    /// How large a batch may be, as `transmit` was told last.
+    limit: usize,
+    /// How many turns there were in the last batch that had any.
+    turns: usize,
     /// Streams whose sender shall be told that it may send more, but may wait for it until anything is sent: a frame of its
     /// own for each would cost more than the bytes that it lets come.
     told_with_others: BTreeSet<u32>,
@@ -192,7 +194,6 @@ impl Session {
             round_trip: RoundTrip::default(),
             window_budget: Budget::new(config.window_budget),
             output: Output::default(),
-            batch_limit: 0,
             state: State::Open,
             transmitter: None,
             wakes: Vec::new(),
@@ -349,14 +350,14 @@ impl Session {
         Poll::Ready(Ok(given))
     }
 
-    /// A stream, and how much of it may wait to leave in the next batch.
+    /// A stream, and its share of a batch.
     fn sending(&mut self, number: u32) -> Result<(&mut Sending, usize), StreamEnded> {
         if self.state == State::Ended {
             return Err(StreamEnded);
         }
         let stream = self.streams.get_mut(&number).ok_or(StreamEnded)?;
-        let others = self.output.busy.len().saturating_sub(usize::from(stream.queued));
-        Ok((&mut stream.sending, share(self.batch_limit, others)))
+        let others = self.output.waiting().saturating_sub(usize::from(stream.queued));
+        Ok((&mut stream.sending, self.output.share(others)))
     }
 
     /// No more bytes will be written: the far side reads an end behind those that were.
@@ -547,14 +548,19 @@ impl Session {
         if matches!(self.state, State::Closed | State::Ended) {
             return;
         }
-        self.batch_limit = limit;
+        self.output.limit = limit;
+        let mut turns = 0;
         self.transmit_own(batch);
         while has_room(batch, limit) {
             let Some(number) = self.output.next_turn() else { break };
             self.transmit_stream(number, batch, limit);
+            turns += 1;
             if self.output.postponed {
                 break;
             }
+        }
+        if turns > 0 {
+            self.output.turns = turns;
         }
         if batch.has_remaining() {
             self.transmit_with_others(batch, limit, now);
@@ -625,7 +631,7 @@ impl Session {
                 break;
             }
         }
-        self.wakes.extend(stream.sending.take_writer(share(limit, self.output.busy.len())));
+        self.wakes.extend(stream.sending.take_writer(self.output.share(self.output.waiting())));
         if let Some(header) = stream.next_end() {
             batch.push_header(&header);
         }
@@ -695,17 +701,23 @@ impl Openers {
     }
 }
 
-/// What one stream has in a batch beside others that have much to send too, in bytes of whole frames.
-fn share(limit: usize, others: usize) -> usize {
-    limit / (others + 1) / (HEADER + FRAME_BODY) * FRAME_BODY
-}
-
 /// Whether a whole frame fits: what exceeds the limit would leave alone, in a small record.
 fn has_room(batch: &Batch, limit: usize) -> bool {
     batch.remaining() + HEADER + FRAME_BODY <= limit
 }
 
 impl Output {
+    /// How many streams wait for their turn, and some that are forgotten.
+    fn waiting(&self) -> usize {
+        self.sparse.len() + self.busy.len()
+    }
+
+    /// What one stream has in a batch beside others that wait, in bytes of whole frames. Those that shared the last one may
+    /// be about to have more: whoever comes first shall not take it all.
+    fn share(&self, others: usize) -> usize {
+        self.limit / (others + 1).max(self.turns) / (HEADER + FRAME_BODY) * FRAME_BODY
+    }
+
     /// The stream whose turn it is.
     fn next_turn(&mut self) -> Option<u32> {
         let sparse_next = self.busy.is_empty() || !self.sparse_had_turn;

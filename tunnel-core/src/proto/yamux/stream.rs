@@ -318,7 +318,10 @@ impl Sending {
 
     /// Takes all of a chunk, if there is room.
     pub(super) fn give(&mut self, chunk: &mut Option<Chunk>, share: usize) -> Option<usize> {
-        let chunk = chunk.take_if(|_| self.waiting <= self.most_waiting(share) / 2)?;
+        let has_room = |chunk: &mut Chunk| {
+            self.waiting <= SEND_BUFFER / 2 || self.waiting + chunk.len() <= self.most_waiting(share)
+        };
+        let chunk = chunk.take_if(has_room)?;
         let bytes = chunk.len();
         self.waiting += bytes;
         // An empty frame would only be a word for nothing.

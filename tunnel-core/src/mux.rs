@@ -48,13 +48,13 @@ pub const LINK_BUFFERS: usize = 3 * *WRITE_BATCH.end() + AHEAD;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
 /// Bytes that a stream takes from the session at once, to hand them on in as few writes as it can.
-pub(crate) const READ_AHEAD: usize = 128 * 1024;
+pub(crate) const READ_AT_ONCE: usize = 128 * 1024;
 /// Writes and reads in one turn of the task, before others have theirs.
 const TURNS: usize = 8;
 /// The receive window of a stream, in bytes, before it grows into the link's budget: what yamux gives each at least.
 pub const STREAM_WINDOW: usize = yamux::INITIAL as usize;
 // What is taken counts until the reader comes for more. If that were most of the window, the sender would wait each time.
-const _: () = assert!(READ_AHEAD <= STREAM_WINDOW / 2);
+const _: () = assert!(READ_AT_ONCE <= STREAM_WINDOW / 2);
 /// Streams are refused with a reason beyond the configured maximum. Those that are just being refused, or whose last
 /// bytes have not left yet, count too: up to as many as this for each of the maximum, and some more.
 const STREAM_HEADROOM: (usize, usize) = (2, 64);
@@ -373,7 +373,7 @@ impl MuxStream {
     pub(crate) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if self.segments.is_empty() {
             let (segments, number) = (&mut self.segments, self.number);
-            ready!(self.shared.with(|session| session.poll_read(number, cx, segments, READ_AHEAD, now())));
+            ready!(self.shared.with(|session| session.poll_read(number, cx, segments, READ_AT_ONCE, now())));
         }
         Poll::Ready(!self.segments.is_empty())
     }

@@ -22,15 +22,15 @@ use tokio::{
 use tokio_util::io::poll_read_buf;
 
 use crate::{
-    mux::READ_AHEAD,
+    mux::READ_AT_ONCE,
     proto::{ends::Aborted, messages::AbortCode, yamux::Chunk},
     read_ahead::AHEAD,
     stream::TunnelStream,
 };
 
 /// What a relay between a link's stream and a connection under TLS has in memory beside windows, in bytes: 64 KiB that it
-/// keeps, less than twice as much that wait for the link, what is in TLS, and what was read ahead.
-pub const RELAY_BUFFERS: usize = 3 * 64 * 1024 + READ_AHEAD + AHEAD;
+/// keeps, twice as much that wait for the link, what is in TLS, and what was read ahead.
+pub const RELAY_BUFFERS: usize = 3 * 64 * 1024 + READ_AT_ONCE + AHEAD;
 /// From so many bytes on, a chunk is given away: the copy that this saves is worth more than a new chunk.
 const WORTH_GIVING: usize = 32 * 1024;
 /// Pieces in memory that are handed on at once.

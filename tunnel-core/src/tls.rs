@@ -20,7 +20,7 @@ use rustls::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
-    mux::{READ_AHEAD, WRITE_BATCH},
+    mux::{READ_AT_ONCE, WRITE_BATCH},
     proto::{ALPN_EDGE, ALPN_PEER, yamux::HEADERS_BEYOND},
 };
 
@@ -236,7 +236,7 @@ pub fn widen_for_link<Side>(connection: &mut ConnectionCommon<Side>) {
 
 /// Lets TLS take at once what a [relay](crate::relay()) hands on at once.
 pub fn widen_for_relay<Side>(connection: &mut ConnectionCommon<Side>) {
-    connection.set_buffer_limit(Some(READ_AHEAD));
+    connection.set_buffer_limit(Some(READ_AT_ONCE));
 }
 
 impl fmt::Debug for ServerTls {

@@ -165,9 +165,10 @@ struct Seen {
 }
 
 const STREAMS: usize = 8;
-/// Bytes of a stream that wait to be sent behind what was written last, and behind a chunk that was given.
-const MOST_WRITTEN: u64 = 64 * 1024;
-const MOST_GIVEN: u64 = MOST_WRITTEN / 2 + MOST_WRITTEN;
+/// As the driver of a fast connection asks for them.
+const BATCH: usize = 256 * 1024;
+/// Bytes of one stream that wait to be sent: what leaves at once, if it is alone.
+const MOST_WAITING: u64 = BATCH as u64;
 
 impl Mux {
     fn new(side: Side, budget: usize) -> Self {
@@ -200,7 +201,7 @@ impl Mux {
                     self.session.poll_write(number, cx, &vec![0; usize::from(value)])
                     && taken > 0
                 {
-                    self.taken(number, taken, MOST_WRITTEN);
+                    self.taken(number, taken);
                 }
             }
             (8, Some(number)) => self.session.finish(number),
@@ -226,7 +227,7 @@ impl Mux {
         match polled {
             Poll::Ready(Ok(taken)) => {
                 assert!(chunk.is_none() && taken == bytes, "{taken} of {bytes} were taken");
-                self.taken(number, taken, MOST_GIVEN);
+                self.taken(number, taken);
             }
             Poll::Ready(Err(_)) | Poll::Pending => {
                 assert!(chunk.is_some_and(|kept| kept.len() == bytes), "what was not taken is lost");
@@ -234,10 +235,10 @@ impl Mux {
         }
     }
 
-    fn taken(&mut self, number: u32, bytes: usize, most: u64) {
+    fn taken(&mut self, number: u32, bytes: usize) {
         let seen = self.streams.entry(number).or_default();
         seen.written += bytes as u64;
-        assert!(seen.written - seen.sent <= most, "more is kept than is bounded");
+        assert!(seen.written - seen.sent <= MOST_WAITING, "more is kept than is bounded");
     }
 
     fn hold(&mut self, number: u32) {
@@ -295,8 +296,8 @@ impl Mux {
     fn transmit(&mut self) {
         let cx = &mut Context::from_waker(Waker::noop());
         let mut batch = Batch::default();
-        self.session.transmit(&mut batch, 64 * 1024, cx, self.now);
-        assert!(batch.remaining() <= 64 * 1024 + 2048 * HEADER, "{} bytes at once", batch.remaining());
+        self.session.transmit(&mut batch, BATCH, cx, self.now);
+        assert!(batch.remaining() <= BATCH + 2048 * HEADER, "{} bytes at once", batch.remaining());
         let sent = batch.copy_to_bytes(batch.remaining());
         let mut rest = &sent[..];
         while let Some((header, more)) = rest.split_first_chunk() {

@@ -43,8 +43,9 @@ pub(crate) use crate::proto::yamux::OpenFailed;
 
 /// Bytes handed to TLS at once, by the connection's pace: full records, which leave in one system call.
 pub(crate) const WRITE_BATCH: RangeInclusive<usize> = 64 * 1024..=256 * 1024;
-/// What a link has in memory beside its windows, in bytes: a batch, the next one, as much in TLS, and what was read ahead.
-pub const LINK_BUFFERS: usize = 3 * *WRITE_BATCH.end() + AHEAD;
+/// What a link has in memory beside its windows, in bytes: a batch, the next one in chunks that may be half full, as much as
+/// a batch in TLS, and what was read ahead.
+pub const LINK_BUFFERS: usize = 4 * *WRITE_BATCH.end() + AHEAD;
 /// Bytes taken from TLS, which gives them record by record, before those are woken whom they are for.
 const READ_BATCH: usize = 256 * 1024;
 /// Bytes that a stream takes from the session at once, to hand them on in as few writes as it can.

@@ -29,7 +29,8 @@ use crate::{
 };
 
 /// What a relay between a link's stream and a connection under TLS has in memory beside windows, in bytes: 64 KiB that it
-/// keeps, twice as much that wait for the link, what is in TLS, and what was read ahead.
+/// keeps, twice as much that wait for the link, in chunks that may be half full, what is in TLS, and what was read ahead. What
+/// more of one stream waits, since it is alone, is counted by its link.
 pub const RELAY_BUFFERS: usize = 3 * 64 * 1024 + READ_AT_ONCE + AHEAD;
 /// From so many bytes on, a chunk is given away: the copy that this saves is worth more than a new chunk.
 const WORTH_GIVING: usize = 32 * 1024;

@@ -28,4 +28,4 @@ pub const HEADERS_BEYOND: usize = 16 * HEADER;
 /// Smallest buffer: a handful of short frames fits one.
 const SMALL: usize = 512;
 /// Bytes of one stream that may wait to be sent: whole frames. More only if they leave in one batch.
-const SEND_BUFFER: usize = 8 * FRAME_BODY;
+const SEND_BUFFER: usize = 4 * FRAME_BODY;

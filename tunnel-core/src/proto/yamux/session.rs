@@ -322,7 +322,7 @@ impl Session {
         bytes: &[u8],
     ) -> Poll<Result<usize, StreamEnded>> {
         let (sending, share) = self.sending(number)?;
-        let taken = sending.room(share).ok_or(StreamEnded)?.min(bytes.len());
+        let taken = sending.room(share).min(bytes.len());
         if taken == 0 && !bytes.is_empty() {
             sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
@@ -341,7 +341,6 @@ impl Session {
         chunk: &mut Option<Chunk>,
     ) -> Poll<Result<usize, StreamEnded>> {
         let (sending, share) = self.sending(number)?;
-        sending.room(share).ok_or(StreamEnded)?;
         let Some(given) = sending.give(chunk, share) else {
             sending.writer = Some(cx.waker().clone());
             return Poll::Pending;
@@ -350,12 +349,13 @@ impl Session {
         Poll::Ready(Ok(given))
     }
 
-    /// A stream, and its share of a batch.
+    /// A stream that takes bytes, and its share of a batch.
     fn sending(&mut self, number: u32) -> Result<(&mut Sending, usize), StreamEnded> {
         if self.state == State::Ended {
             return Err(StreamEnded);
         }
-        let stream = self.streams.get_mut(&number).ok_or(StreamEnded)?;
+        let stream =
+            self.streams.get_mut(&number).filter(|stream| stream.sending.is_open()).ok_or(StreamEnded)?;
         let others = self.output.waiting().saturating_sub(usize::from(stream.queued));
         Ok((&mut stream.sending, self.output.share(others)))
     }

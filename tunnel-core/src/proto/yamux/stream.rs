@@ -296,9 +296,14 @@ impl Sending {
         share.min(allowed).max(SEND_BUFFER)
     }
 
-    /// How many bytes more are taken now. `None` if none ever will be.
-    pub(super) fn room(&self, share: usize) -> Option<usize> {
-        (self.state == SendState::Open).then(|| self.most_waiting(share).saturating_sub(self.waiting))
+    /// Whether bytes are taken, now or later.
+    pub(super) fn is_open(&self) -> bool {
+        self.state == SendState::Open
+    }
+
+    /// How many bytes more are taken now, while it is open.
+    pub(super) fn room(&self, share: usize) -> usize {
+        self.most_waiting(share).saturating_sub(self.waiting)
     }
 
     /// Takes bytes to send, for which there is room.
@@ -338,7 +343,7 @@ impl Sending {
 
     /// Nothing more will be given.
     pub(super) fn finish(&mut self) {
-        if self.state == SendState::Open {
+        if self.is_open() {
             self.state = SendState::Finishing;
         }
     }

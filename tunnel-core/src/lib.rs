@@ -44,7 +44,7 @@ pub use {
     link::{
         ConnectError, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenError, OpenRequest, PendingLink,
     },
-    mux::{LINK_BUFFERS, STREAM_WINDOW},
+    mux::{Carrier, LINK_BUFFERS, STREAM_WINDOW},
     read_ahead::ReadAhead,
     relay::{Arrived, Leg, RELAY_BUFFERS, RelayEnd, Relayed, relay},
     socket::Socket,

@@ -17,7 +17,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncBufRead, AsyncWrite, AsyncWriteExt},
+    io::AsyncWriteExt,
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
 use crate::{
-    mux::{Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed},
+    mux::{Carrier, Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed},
     proto::{
         Side, clean_text,
         control::{Control, ControlError, Event, Rtt},
@@ -415,10 +415,11 @@ impl Link {
     /// Makes a link of a connection that this side dialled: sends `hello` and waits for the gateway's answer.
     ///
     /// Cancel-safe: dropping the future drops the connection.
-    pub async fn connect<T>(io: T, hello: Hello, config: LinkConfig) -> Result<(Self, Welcome), ConnectError>
-    where
-        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    pub async fn connect(
+        io: impl Carrier,
+        hello: Hello,
+        config: LinkConfig,
+    ) -> Result<(Self, Welcome), ConnectError> {
         let now = Instant::now().into_std();
         let control = Control::dialer(hello, now, config.handshake_timeout, config.max_heartbeat);
         let mux = Mux::start(io, Side::Dialer, config.mux());
@@ -437,10 +438,7 @@ impl Link {
     /// Takes a connection that an edge or a peer dialled, as far as its `Hello`.
     ///
     /// Cancel-safe: dropping the future drops the connection.
-    pub async fn accept<T>(io: T, config: LinkConfig) -> Result<PendingLink, LinkError>
-    where
-        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    pub async fn accept(io: impl Carrier, config: LinkConfig) -> Result<PendingLink, LinkError> {
         let now = Instant::now();
         let control = Control::acceptor(now.into_std(), config.handshake_timeout);
         let mut mux = Mux::start(io, Side::Acceptor, config.mux());

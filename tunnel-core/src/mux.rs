@@ -21,9 +21,10 @@ use std::{
 use bytes::Buf;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncBufRead, AsyncRead, AsyncWrite, BufReader, ReadBuf},
     time::Instant,
 };
+use tokio_rustls::{client, server};
 use tokio_util::{io::poll_write_buf, task::AbortOnDropHandle};
 
 use crate::{
@@ -35,7 +36,7 @@ use crate::{
             frame::{GoAway, Header},
         },
     },
-    read_ahead::AHEAD,
+    read_ahead::{AHEAD, ReadAhead},
     relay::Arrived,
 };
 
@@ -79,6 +80,37 @@ impl MuxConfig {
             Some(pool) => session.sharing(pool),
             None => session,
         }
+    }
+}
+
+/// A connection that can carry a link.
+pub trait Carrier: AsyncBufRead + AsyncWrite + Send + Unpin + 'static {
+    /// Bytes that have come from the far side and that may not have been given to the reader, since something in between
+    /// waits for more of them: TLS, for a whole record. 0 where nothing does.
+    fn received(&self) -> u64;
+}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Carrier for client::TlsStream<ReadAhead<T>> {
+    fn received(&self) -> u64 {
+        self.get_ref().0.received()
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Carrier for server::TlsStream<ReadAhead<T>> {
+    fn received(&self) -> u64 {
+        self.get_ref().0.received()
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Carrier for BufReader<T> {
+    fn received(&self) -> u64 {
+        0
+    }
+}
+
+impl<T: Carrier + ?Sized> Carrier for Box<T> {
+    fn received(&self) -> u64 {
+        (**self).received()
     }
 }
 
@@ -195,10 +227,7 @@ pub(crate) struct Mux {
 }
 
 impl Mux {
-    pub(crate) fn start<T>(io: T, side: Side, config: MuxConfig) -> Self
-    where
-        T: AsyncBufRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    pub(crate) fn start<T: Carrier>(io: T, side: Side, config: MuxConfig) -> Self {
         let heard = Arc::new(LastHeard::now());
         let shared = Arc::new(Shared(Mutex::new(config.session(side))));
         let driver = Driver {
@@ -208,6 +237,7 @@ impl Mux {
             pace: Pace::new(now()),
             closing: false,
             heard: heard.clone(),
+            received: 0,
         };
         let task = AbortOnDropHandle::new(tokio::spawn(driver));
         Self { handle: MuxHandle { shared: shared.clone() }, inbound: Inbound { shared }, task, heard }
@@ -224,6 +254,8 @@ struct Driver<T> {
     /// The last frame is in the batch, or has left.
     closing: bool,
     heard: Arc<LastHeard>,
+    /// What the connection had received when that was last looked at.
+    received: u64,
 }
 
 impl<T> Drop for Driver<T> {
@@ -233,7 +265,7 @@ impl<T> Drop for Driver<T> {
 }
 
 /// A future by hand: an `async fn` that takes `self` has room for it twice, and every link has one.
-impl<T: AsyncBufRead + AsyncWrite + Unpin> Future for Driver<T> {
+impl<T: Carrier> Future for Driver<T> {
     type Output = Result<(), MuxError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
@@ -259,7 +291,7 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Future for Driver<T> {
     }
 }
 
-impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
+impl<T: Carrier> Driver<T> {
     /// Writes what the session has to send. Pending when there is nothing, or the connection takes no more.
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         // What TLS still holds goes first: whatever joined it would fill no record. And the later the session is
@@ -304,10 +336,20 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Driver<T> {
             }
         };
         wakes.into_iter().for_each(Waker::wake);
+        self.note_received();
         match ended {
             Some(error) => Poll::Ready(Err(error)),
             None if taken == 0 => Poll::Pending,
             None => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// On a slow way a record takes longer than a heartbeat: what has come of it is life, too.
+    fn note_received(&mut self) {
+        let received = self.io.received();
+        if received != self.received {
+            self.received = received;
+            self.heard.note(Instant::now());
         }
     }
 
@@ -516,7 +558,7 @@ impl LastHeard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0, window_pool: None };
 

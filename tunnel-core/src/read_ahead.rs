@@ -28,12 +28,19 @@ pub struct ReadAhead<T> {
     ahead: Cursor<Vec<u8>>,
     /// The connection had as much as it was asked for, and was not empty since.
     plenty: bool,
+    /// Bytes that the connection gave, in all.
+    received: u64,
 }
 
 impl<T> ReadAhead<T> {
     /// Nothing is read before it is asked for.
     pub fn new(connection: T) -> Self {
-        Self { connection, ahead: Cursor::default(), plenty: false }
+        Self { connection, ahead: Cursor::default(), plenty: false, received: 0 }
+    }
+
+    /// Bytes that have come from the far side so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.received
     }
 }
 
@@ -41,6 +48,7 @@ impl<T: AsyncRead + Unpin> ReadAhead<T> {
     fn poll_read_past(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let room = buf.remaining();
         ready!(Pin::new(&mut self.connection).poll_read(cx, buf))?;
+        self.received += (room - buf.remaining()) as u64;
         self.plenty = room >= PLENTY && buf.remaining() == 0;
         Poll::Ready(Ok(()))
     }
@@ -54,7 +62,7 @@ impl<T: AsyncRead + Unpin> ReadAhead<T> {
         if !matches!(read, Poll::Ready(Ok(1..))) {
             (self.ahead, self.plenty) = (Cursor::default(), false);
         }
-        read.map_ok(|_| ())
+        read.map_ok(|count| self.received += count as u64)
     }
 }
 
@@ -188,9 +196,11 @@ mod tests {
         let asked = &reader.connection.asked;
         assert!(asked.len() <= 10 && asked[0] == RECORD && asked[1] >= AHEAD, "{asked:?}");
         assert_eq!(reader.ahead.get_ref().capacity(), 0);
+        assert_eq!(reader.received(), 1 << 20);
 
         reader.connection = Source::with(100);
         assert_eq!(drain(&mut reader, RECORD).0, pattern(100));
+        assert_eq!(reader.received(), (1 << 20) + 100);
         assert!(reader.connection.asked.iter().all(|asked| *asked == RECORD));
     }
 

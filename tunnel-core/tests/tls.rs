@@ -222,7 +222,7 @@ fn records(mut wire: &[u8]) -> Vec<usize> {
 #[tokio::test]
 async fn bulk_leaves_in_full_records() {
     use tunnel_core::{
-        Link, LinkConfig, LinkEvent, OpenRequest,
+        Link, LinkConfig, LinkEvent, OpenRequest, ReadAhead,
         proto::messages::{Hello, Welcome},
     };
     let dir = tempfile::tempdir().unwrap();
@@ -246,12 +246,13 @@ async fn bulk_leaves_in_full_records() {
     let config = LinkConfig::default();
     let acceptor = server(Domain::Edge, &files).acceptor();
     let gateway = tokio::spawn(async move {
-        let tls = acceptor.accept(far).await.unwrap();
+        let tls = acceptor.accept(ReadAhead::new(far)).await.unwrap();
         let pending = Link::accept(tls, config).await.unwrap();
         pending.welcome(Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() }).unwrap()
     });
     let connector = client(Domain::Edge, &files).connector();
-    let tls = connector.connect(ServerName::try_from("localhost").unwrap(), near).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let tls = connector.connect(name, ReadAhead::new(near)).await.unwrap();
     let hello = Hello { min_version: 1, max_version: 1, ..Hello::default() };
     let (mut edge, _) = Link::connect(tls, hello, LinkConfig::default()).await.unwrap();
     let mut gateway = gateway.await.unwrap();

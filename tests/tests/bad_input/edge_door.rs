@@ -1,7 +1,10 @@
 //! The public door: whoever is no edge of this gateway's CA, and edges that misbehave.
 
 use rustls::AlertDescription;
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncWriteExt, BufReader},
+    net::TcpStream,
+};
 use tunnel_core::{
     Link, LinkConfig, LinkEvent,
     proto::messages::{Hello, Ping, RefusalCode, RejectCode, control::Kind},
@@ -27,6 +30,7 @@ async fn script(rig: &Rig, node: &str) -> Script {
 /// A good link of a node, and what its gateway has granted.
 async fn link(rig: &Rig, node: &str) -> Link {
     let socket = tls(rig.edge_door, Domain::Edge, Some(Credential::edge(node)), EDGE).await.unwrap();
+    let socket = BufReader::new(socket);
     soon("a welcome", Link::connect(socket, hello(node), LinkConfig::default())).await.unwrap().0
 }
 

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use tokio::{
-    io::{AsyncWriteExt, copy_bidirectional},
+    io::{AsyncWriteExt, BufReader, copy_bidirectional},
     net::{TcpListener, TcpStream},
     sync::oneshot,
     task::JoinSet,
@@ -259,7 +259,8 @@ async fn gateways_whose_answer_is_unusable() {
 
 /// A gateway that has welcomed its edge, by the real protocol: its link is served here, and ends by `close`.
 async fn welcomed(victim: TcpStream, handles: oneshot::Sender<LinkHandle>) {
-    let pending = Link::accept(good_tls(victim).await, LinkConfig::default()).await.unwrap();
+    let victim = BufReader::new(good_tls(victim).await);
+    let pending = Link::accept(victim, LinkConfig::default()).await.unwrap();
     let mut link = pending.welcome(Welcome { gateway_id: "x\nWARN forged".to_owned(), ..welcome() }).unwrap();
     let _ = handles.send(link.handle());
     while !matches!(link.next().await, LinkEvent::Closed(_)) {}

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
-    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink, Socket,
+    Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink, ReadAhead, Socket,
     proto::messages::{Gateway as Hint, Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
@@ -198,7 +198,7 @@ impl Gateway {
     pub(crate) async fn pending(&self) -> io::Result<Pending> {
         let accept = async {
             let (stream, _) = self.listener.accept().await.unwrap();
-            let stream = self.tls.acceptor().accept(stream).await?;
+            let stream = self.tls.acceptor().accept(ReadAhead::new(stream)).await?;
             let certificate = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
             Ok(Pending { link: Link::accept(stream, self.link.clone()).await.unwrap(), certificate })
         };
@@ -227,7 +227,7 @@ impl Gateway {
     /// One connection that gets as far as TLS, which may fail.
     pub(crate) async fn handshake_only(&self) -> io::Result<()> {
         let (stream, _) = self.listener.accept().await?;
-        self.tls.acceptor().accept(stream).await.map(drop)
+        self.tls.acceptor().accept(ReadAhead::new(stream)).await.map(drop)
     }
 }
 

@@ -648,7 +648,7 @@ mod tests {
                     count.fetch_add(1, Relaxed);
                     let (acceptor, cutting) = (tls.acceptor(), cutting.clone());
                     links.spawn(async move {
-                        let connection = acceptor.accept(connection).await.unwrap();
+                        let connection = acceptor.accept(ReadAhead::new(connection)).await.unwrap();
                         let pending = Link::accept(connection, LinkConfig::default()).await.unwrap();
                         let welcome = Welcome {
                             version: 1,

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{
-    ConnectError, Link, LinkConfig, LinkEvent, PendingStream, TunnelStream,
+    ConnectError, Link, LinkConfig, LinkEvent, PendingStream, ReadAhead, TunnelStream,
     proto::messages::{Hello, Reject, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
@@ -135,10 +135,10 @@ impl Running {
         address: SocketAddr,
         client: &ClientTls,
         protocols: &[&[u8]],
-    ) -> TlsStream<TcpStream> {
+    ) -> TlsStream<ReadAhead<TcpStream>> {
         let tcp = TcpStream::connect(address).await.unwrap();
         let connector = client.connector_offering(protocols);
-        connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap()
+        connector.connect(ServerName::try_from("localhost").unwrap(), ReadAhead::new(tcp)).await.unwrap()
     }
 
     pub(crate) async fn link(&self, name: &str, hello: Hello) -> Result<(Link, Welcome), ConnectError> {
@@ -172,7 +172,7 @@ impl Running {
     }
 
     /// A connected stream: the client's side, and the edge's.
-    pub(crate) async fn connected(&self, link: &mut Link) -> (TlsStream<TcpStream>, TunnelStream) {
+    pub(crate) async fn connected(&self, link: &mut Link) -> (TlsStream<ReadAhead<TcpStream>>, TunnelStream) {
         let client = self.client(Domain::ControlPlane, "client");
         let mut conn = self.tls(self.ingress, &client, &[]).await;
         conn.write_all(CONNECT).await.unwrap();

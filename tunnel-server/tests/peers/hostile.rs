@@ -1,6 +1,6 @@
 //! Gateways that lie, flood or fall silent, and whoever is no gateway at all.
 
-use tokio::net::TcpStream;
+use tokio::{io::BufReader, net::TcpStream};
 use tunnel_core::{
     ConnectError, Link, LinkConfig, OpenError, OpenRequest,
     proto::messages::{Gateway, Hello, Holding, Holdings, RefusalCode, RejectCode},
@@ -231,6 +231,6 @@ async fn two_gateways_of_one_name_are_told_so() {
     assert!(said.text.contains("Not A Name"), "{}", said.text);
     let hello = Hello { min_version: 9, max_version: 9, gateway_id: "gw-x".to_owned(), ..Hello::default() };
     let conn = tls(a.peers, &cluster.client(Domain::Peer, "gateway"), &[b"edge-tunnel-peer/1"]).await;
-    let said = reject(Link::connect(conn, hello, LinkConfig::default()).await);
+    let said = reject(Link::connect(BufReader::new(conn), hello, LinkConfig::default()).await);
     assert_eq!(said.code(), RejectCode::Version);
 }

@@ -13,7 +13,7 @@ use prometheus_client::{encoding::text::encode, registry::Registry};
 use rustls::pki_types::ServerName;
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpSocket, TcpStream, UnixStream},
     task::JoinHandle,
     time::{Instant, sleep, timeout},
@@ -21,7 +21,7 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{
-    ConnectError, Link, LinkConfig, LinkEvent, PendingStream, TunnelStream,
+    ConnectError, Link, LinkConfig, LinkEvent, PendingStream, ReadAhead, TunnelStream,
     proto::messages::{Capability, Gateway as About, Hello, RefusalCode, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
@@ -198,7 +198,7 @@ impl Cluster {
             ..Hello::default()
         };
         let conn = tls(to, &self.client(Domain::Edge, node), &[b"edge-tunnel/1"]).await;
-        timeout(PATIENCE, Link::connect(conn, hello, LinkConfig::default())).await.unwrap()
+        timeout(PATIENCE, Link::connect(BufReader::new(conn), hello, LinkConfig::default())).await.unwrap()
     }
 
     /// A link to the peers' door of a gateway, as its peer `name` would make it.
@@ -212,7 +212,7 @@ impl Cluster {
             ..Hello::default()
         };
         let conn = tls(to.peers, &self.client(Domain::Peer, "gateway"), &[b"edge-tunnel-peer/1"]).await;
-        timeout(PATIENCE, Link::connect(conn, hello, LinkConfig::default())).await.unwrap()
+        timeout(PATIENCE, Link::connect(BufReader::new(conn), hello, LinkConfig::default())).await.unwrap()
     }
 
     /// A gateway that is the test's own, in the place of a real one.
@@ -245,7 +245,7 @@ impl Played {
     /// The link that a gateway dials next.
     pub(crate) async fn linked(&self) -> Link {
         let (conn, _) = timeout(PATIENCE, self.door.accept()).await.expect("nobody dials").unwrap();
-        let conn = self.tls.acceptor().accept(conn).await.unwrap();
+        let conn = self.tls.acceptor().accept(ReadAhead::new(conn)).await.unwrap();
         let welcome =
             Welcome { version: 1, gateway_id: "gw-x".to_owned(), heartbeat_ms: 500, ..Welcome::default() };
         Link::accept(conn, LinkConfig::default()).await.unwrap().welcome(welcome).unwrap()

@@ -86,11 +86,11 @@ async fn a_link_on_which_a_record_takes_longer_than_two_heartbeats_is_alive() {
         stream.read_to_end(&mut Vec::new()).await.unwrap();
         while !matches!(edge.next().await, LinkEvent::Closed(_)) {}
     });
-    let (mut stream, _) = handle.open(OpenRequest::default(), TIMEOUT).await.unwrap();
     let begun = Instant::now();
+    let (mut stream, _) = handle.open(OpenRequest::default(), TIMEOUT).await.unwrap();
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     assert_eq!(bytes, vec![7; 50_000]);
-    assert!(begun.elapsed() >= Duration::from_secs(40), "it was not slow: {:?}", begun.elapsed());
+    assert!(begun.elapsed() >= Duration::from_secs(50), "it was not slow: {:?}", begun.elapsed());
     assert!(!handle.is_closed());
 }

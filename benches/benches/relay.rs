@@ -17,7 +17,7 @@ use tokio::{
     runtime::Builder,
 };
 use tunnel_benches::{echo, link_to, open};
-use tunnel_core::{LinkHandle, RelayEnd, Socket, relay};
+use tunnel_core::{LinkHandle, RelayEnd, Socket, Timeouts, relay};
 
 const BULK: usize = 4 << 20;
 
@@ -29,7 +29,8 @@ async fn connection(listener: &TcpListener) -> (TcpStream, TcpStream) {
 
 /// Sends bytes by a socket, a relay and a link, and has all of them back.
 async fn there_and_back(client: TcpStream, leg: TcpStream, link: &LinkHandle, bytes: &[u8]) {
-    let relayed = tokio::spawn(relay(Socket::new(leg), open(link).await, pending()));
+    let relayed =
+        tokio::spawn(relay(Socket::new(leg), open(link).await, Timeouts::of("the bench"), pending()));
     let (mut reader, mut writer) = client.into_split();
     let send = async {
         writer.write_all(bytes).await.unwrap();

@@ -11,13 +11,15 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tunnel_core::{Aborted, Leg};
+use tunnel_core::{Aborted, Leg, Lost};
 use turmoil::net::TcpStream;
 
 const FIN: u16 = 0;
 const RST: u16 = u16::MAX;
 /// Bytes of one simulated segment.
 const SEGMENT: usize = 16 * 1024;
+/// Bytes that arrive although nobody reads them.
+const RECEIVE_BUFFER: usize = 64 * 1024;
 /// How long a closed connection goes on in what would be the kernel.
 const LINGER: Duration = Duration::from_secs(20);
 
@@ -25,10 +27,13 @@ const LINGER: Duration = Duration::from_secs(20);
 pub(crate) struct SimSocket {
     /// Only the drop takes it.
     tcp: Option<TcpStream>,
+    /// Arrived, and not sorted yet: less than a frame's length, except behind an end.
     input: BytesMut,
     /// Bytes of the current frame still to come.
     frame: usize,
-    ended: Option<Result<(), ()>>,
+    /// Arrived, and not read yet.
+    unread: BytesMut,
+    ended: End,
     out: BytesMut,
     shut: bool,
     /// Whether closing now would be a reset, as with a linger time of zero.
@@ -38,8 +43,8 @@ pub(crate) struct SimSocket {
 impl SimSocket {
     /// Wraps one end; the other must be wrapped too.
     pub(crate) fn new(tcp: TcpStream) -> Self {
-        let (input, out) = (BytesMut::new(), BytesMut::new());
-        Self { tcp: Some(tcp), input, frame: 0, ended: None, out, shut: false, resets: false }
+        let (input, unread, out) = Default::default();
+        Self { tcp: Some(tcp), input, frame: 0, unread, ended: End::Open, out, shut: false, resets: false }
     }
 
     fn poll_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -51,16 +56,48 @@ impl SimSocket {
         Poll::Ready(Ok(()))
     }
 
-    /// Takes the next frame's header off the input, if it is there.
-    fn next_frame(&mut self) {
-        while self.frame == 0 && self.ended.is_none() && self.input.len() >= 2 {
+    /// Takes what comes next from the connection: frames, or its end.
+    fn poll_in(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut piece = [0; 4096];
+        let mut read = ReadBuf::new(&mut piece);
+        let Some(tcp) = &mut self.tcp else { return Poll::Pending };
+        let result = ready!(Pin::new(tcp).poll_read(cx, &mut read));
+        self.input.extend_from_slice(read.filled());
+        self.sort();
+        if result.is_err() || read.filled().is_empty() {
+            // Behind a FIN, the far side may close in silence.
+            let silent = result.is_ok() && self.ended == End::Fin;
+            self.ended = if silent { End::Closed } else { End::Reset };
+        }
+        Poll::Ready(())
+    }
+
+    /// Tells bytes from marks.
+    fn sort(&mut self) {
+        loop {
+            let some = self.frame.min(self.input.len());
+            self.unread.extend_from_slice(&self.input.split_to(some));
+            self.frame -= some;
+            if self.frame > 0 || self.input.len() < 2 {
+                return;
+            }
             match self.input.get_u16() {
-                FIN => self.ended = Some(Ok(())),
-                RST => self.ended = Some(Err(())),
+                FIN => self.ended = End::Fin,
+                RST => self.ended = End::Reset,
                 length => self.frame = usize::from(length),
             }
         }
     }
+}
+
+/// What the far side has said of its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Open,
+    Fin,
+    /// A FIN, and nothing will follow.
+    Closed,
+    Reset,
 }
 
 fn reset() -> io::Error {
@@ -74,28 +111,16 @@ impl AsyncRead for SimSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        loop {
-            this.next_frame();
+        while this.unread.is_empty() {
             match this.ended {
-                Some(Ok(())) => return Poll::Ready(Ok(())),
-                Some(Err(())) => return Poll::Ready(Err(reset())),
-                None => {}
+                End::Open => ready!(this.poll_in(cx)),
+                End::Fin | End::Closed => return Poll::Ready(Ok(())),
+                End::Reset => return Poll::Ready(Err(reset())),
             }
-            let take = this.frame.min(this.input.len()).min(buf.remaining());
-            if take > 0 {
-                buf.put_slice(&this.input.split_to(take));
-                this.frame -= take;
-                return Poll::Ready(Ok(()));
-            }
-            let mut piece = [0; 4096];
-            let mut read = ReadBuf::new(&mut piece);
-            let Some(tcp) = &mut this.tcp else { return Poll::Ready(Err(reset())) };
-            let result = ready!(Pin::new(tcp).poll_read(cx, &mut read));
-            if result.is_err() || read.filled().is_empty() {
-                this.ended = Some(Err(()));
-            }
-            this.input.extend_from_slice(read.filled());
         }
+        let taken = this.unread.len().min(buf.remaining());
+        buf.put_slice(&this.unread.split_to(taken));
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -139,6 +164,20 @@ impl Leg for SimSocket {
 
     fn finish(&mut self) {
         self.resets = false;
+    }
+
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        while self.ended != End::Reset {
+            if self.ended == End::Closed || self.unread.len() >= RECEIVE_BUFFER {
+                return Poll::Pending;
+            }
+            ready!(self.poll_in(cx));
+        }
+        Poll::Ready(Lost::Failed(reset()))
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        None
     }
 }
 

@@ -46,7 +46,7 @@ pub use {
     },
     mux::{Carrier, LINK_BUFFERS, STREAM_WINDOW},
     read_ahead::ReadAhead,
-    relay::{Arrived, Leg, RELAY_BUFFERS, RelayEnd, Relayed, relay},
-    socket::Socket,
+    relay::{Arrived, Leg, Lost, RELAY_BUFFERS, RelayEnd, Relayed, TICK, Timeouts, relay},
+    socket::{Socket, UnixSocket},
     stream::{HeaderError, Incoming, PendingStream, TunnelStream},
 };

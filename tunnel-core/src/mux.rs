@@ -440,6 +440,16 @@ impl MuxStream {
         let given = self.shared.with(|session| session.poll_give(self.number, cx, chunk));
         given.map_err(broken_pipe)
     }
+
+    /// Waits until the far side resets the stream, for whoever neither reads nor writes.
+    pub(crate) fn poll_reset(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.shared.with(|session| session.poll_reset(self.number, cx))
+    }
+
+    /// Whether the far side has reset the stream.
+    pub(crate) fn is_reset(&self) -> bool {
+        self.shared.with(|session| session.is_reset(self.number))
+    }
 }
 
 fn broken_pipe(ended: yamux::StreamEnded) -> io::Error {

@@ -11,7 +11,10 @@ use bytes::Buf;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
-use crate::{proto::ends::Aborted, relay::Leg};
+use crate::{
+    proto::ends::Aborted,
+    relay::{Leg, Lost},
+};
 
 /// Bytes that are read at once. Twice as many gained nothing, and half of them half as much.
 pub(crate) const AHEAD: usize = 128 * 1024;
@@ -121,14 +124,18 @@ impl<T: Leg> Leg for ReadAhead<T> {
         self.connection.finish();
     }
 
-    fn failure(&self) -> Option<io::Error> {
-        self.connection.failure()
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.connection.poll_lost(cx)
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        self.connection.vanished()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::ErrorKind;
+    use std::{future::poll_fn, io::ErrorKind};
 
     use futures_util::FutureExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -270,8 +277,12 @@ mod tests {
             self.0.push("finish");
         }
 
-        fn failure(&self) -> Option<io::Error> {
-            Some(ErrorKind::ConnectionReset.into())
+        fn poll_lost(&mut self, _: &mut Context<'_>) -> Poll<Lost> {
+            Poll::Ready(Lost::Left)
+        }
+
+        fn vanished(&self) -> Option<io::Error> {
+            Some(ErrorKind::TimedOut.into())
         }
     }
 
@@ -284,7 +295,8 @@ mod tests {
         leg.write_vectored(&[IoSlice::new(b"x")]).now_or_never().unwrap().unwrap();
         leg.flush().now_or_never().unwrap().unwrap();
         leg.shutdown().now_or_never().unwrap().unwrap();
-        assert_eq!(leg.failure().unwrap().kind(), ErrorKind::ConnectionReset);
+        assert!(matches!(poll_fn(|cx| leg.poll_lost(cx)).now_or_never(), Some(Lost::Left)));
+        assert_eq!(leg.vanished().unwrap().kind(), ErrorKind::TimedOut);
         leg.finish();
         leg.abort(&Aborted::new(AbortCode::Reset, "gone"));
         let told = ["arm", "write", "write vectored", "flush", "shutdown", "finish", "abort"];

@@ -9,14 +9,13 @@ use std::{
     cell::Cell,
     future::poll_fn,
     io::{self, IoSlice},
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::UnixStream,
     time::{Instant, Sleep, sleep},
 };
 use tokio_util::io::poll_read_buf;
@@ -38,9 +37,11 @@ const WORTH_GIVING: usize = 32 * 1024;
 const PIECES: usize = 16;
 /// Reads of one direction before others get their turn.
 const TURNS: usize = 2;
-/// While a side is not read, because it has ended or because the other side takes nothing, how often it is asked whether
-/// it has failed: no event would tell.
-const ASK_PERIOD: Duration = Duration::from_secs(5);
+/// How often a relay looks at what only time tells: whether anything has moved, and whether a far side has vanished.
+pub const TICK: Duration = Duration::from_secs(5);
+/// A relay in which nothing has moved for so long, and which does not read one of its legs, waits for news of that leg too.
+/// Before that, the end of most streams has come, and what would tell is not set up for it.
+const REST: Duration = Duration::from_millis(250);
 
 thread_local! {
     /// An empty one, for whichever relay reads next.
@@ -73,6 +74,16 @@ pub trait Arrived {
     }
 }
 
+/// How a far side is lost to a relay that does not read it.
+#[derive(Debug)]
+pub enum Lost {
+    /// It has failed: nothing that it said before counts any more.
+    Failed(io::Error),
+    /// It has closed both directions in good order: what it said still counts, what is said to it is lost. Asked again,
+    /// the leg says the same.
+    Left,
+}
+
 /// One side of a relay: a byte stream that can end in two ways.
 pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
     /// A relay begins. Where the operating system can be told, the far side must from now on see a failure even if
@@ -86,10 +97,13 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
     /// Both directions have ended cleanly: dropping this leg must not disturb what is still on its way.
     fn finish(&mut self) {}
 
-    /// A failure that the operating system knows of, asked for while nobody reads: a reset of the far side.
-    fn failure(&self) -> Option<io::Error> {
-        None
-    }
+    /// Waits until the far side is lost. For a relay at rest that does not read this leg, since it has ended or since
+    /// the other leg takes nothing: neither a read nor a write would tell. Takes nothing of what has arrived.
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost>;
+
+    /// Whether the far side has vanished without a word, as far as this machine can know: why it is taken for dead.
+    /// Asked of each leg every [`TICK`], or sooner, for as long as the relay runs.
+    fn vanished(&self) -> Option<io::Error>;
 
     /// What has arrived, if this leg has it in memory before it is read.
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
@@ -117,11 +131,6 @@ fn poll_write_chunk(
     Poll::Ready(Ok(()))
 }
 
-impl Leg for UnixStream {
-    /// A Unix socket has no reset: its peer sees an end of file. Where that matters, use HTTP/2 on it, or TLS within.
-    fn abort(&mut self, _: &Aborted) {}
-}
-
 impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
     fn arm(&mut self) {
         self.get_mut().0.arm();
@@ -136,14 +145,27 @@ impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
         self.get_mut().0.finish();
     }
 
-    fn failure(&self) -> Option<io::Error> {
-        self.get_ref().0.failure()
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.get_mut().0.poll_lost(cx)
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        self.get_ref().0.vanished()
     }
 }
 
 impl Leg for TunnelStream {
     fn abort(&mut self, reason: &Aborted) {
         Self::abort(self, reason.clone());
+    }
+
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.poll_cut(cx).map(Lost::Failed)
+    }
+
+    /// The link's heartbeats tell.
+    fn vanished(&self) -> Option<io::Error> {
+        None
     }
 
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
@@ -171,8 +193,12 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
         (**self).finish();
     }
 
-    fn failure(&self) -> Option<io::Error> {
-        (**self).failure()
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        (**self).poll_lost(cx)
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        (**self).vanished()
     }
 
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
@@ -195,6 +221,8 @@ pub enum RelayEnd {
     SecondFailed(Aborted),
     /// The caller stopped it; both were aborted.
     Stopped(Aborted),
+    /// Nothing moved for too long; both were aborted.
+    TimedOut(Aborted),
 }
 
 impl RelayEnd {
@@ -202,7 +230,10 @@ impl RelayEnd {
     pub fn reason(&self) -> Option<&Aborted> {
         match self {
             Self::Clean => None,
-            Self::FirstFailed(reason) | Self::SecondFailed(reason) | Self::Stopped(reason) => Some(reason),
+            Self::FirstFailed(reason)
+            | Self::SecondFailed(reason)
+            | Self::Stopped(reason)
+            | Self::TimedOut(reason) => Some(reason),
         }
     }
 }
@@ -218,24 +249,66 @@ pub struct Relayed {
     pub end: RelayEnd,
 }
 
-/// Carries bytes both ways until both directions have ended, one leg fails, or `stop` gives a reason.
+/// How long a stream may last without moving a byte. Both times are exact to a [`TICK`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Once one direction has ended. `None`: for ever.
+    pub half_closed: Option<Duration>,
+    /// While both directions are open. `None`: for ever.
+    pub idle: Option<Duration>,
+    /// Whose settings these are, for whoever reads why a stream was aborted.
+    pub whose: &'static str,
+}
+
+impl Timeouts {
+    /// The default settings of a program: 15 minutes for half-closed streams, and no limit for open ones.
+    pub const fn of(whose: &'static str) -> Self {
+        Self { half_closed: Some(Duration::from_secs(15 * 60)), idle: None, whose }
+    }
+
+    /// Why a stream that has rested for so long is given up, if it is.
+    fn judge(&self, half_closed: bool, rested: Duration) -> Option<Aborted> {
+        let whose = self.whose;
+        let (timeout, since, setting) = if half_closed {
+            (self.half_closed?, " since one direction ended", "streams.half_closed_timeout")
+        } else {
+            (self.idle?, "", "streams.idle_timeout")
+        };
+        let text = || format!("no byte has moved for {timeout:?}{since} ({setting} of {whose})");
+        (rested >= timeout).then(|| Aborted::new(AbortCode::Timeout, text()))
+    }
+
+    /// How often to look.
+    fn period(&self) -> Duration {
+        [self.half_closed, self.idle].into_iter().flatten().fold(TICK, Duration::min)
+    }
+}
+
+/// Carries bytes both ways until both directions have ended, one leg fails, nothing has moved for too long, or `stop`
+/// gives a reason.
 ///
 /// Dropping the future aborts both legs, even before it was first polled: the guard is made right here.
 pub fn relay(
     first: impl Leg,
     second: impl Leg,
+    timeouts: Timeouts,
     stop: impl Future<Output = Aborted>,
 ) -> impl Future<Output = Relayed> {
     let mut legs = Legs { first, second, finished: false };
     legs.first.arm();
     legs.second.arm();
-    carry(legs, stop)
+    carry(legs, timeouts, stop)
 }
 
-async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = Aborted>) -> Relayed {
+async fn carry<A: Leg, B: Leg>(
+    mut legs: Legs<A, B>,
+    timeouts: Timeouts,
+    stop: impl Future<Output = Aborted>,
+) -> Relayed {
     let (mut forward, mut backward) = (Direction::default(), Direction::default());
-    let mut stop = std::pin::pin!(stop);
-    let mut ask = None;
+    let mut stop = pin!(stop);
+    let timer = pin!(sleep(timeouts.period()));
+    let mut clock = Clock::new(timer, timeouts);
     let end = poll_fn(|cx| {
         if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
             return Poll::Ready(RelayEnd::Stopped(reason));
@@ -244,30 +317,15 @@ async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = 
         // Both are polled each time: a failure in one direction must be seen while the other waits.
         let ahead = forward.poll(cx, first, second);
         let back = backward.poll(cx, second, first);
-        let failed = |failure: Failure, read_from_first: bool| {
-            let (reader_is_first, error) = match failure {
-                Failure::Read(error) => (read_from_first, error),
-                Failure::Write(error) => (!read_from_first, error),
-            };
-            let reason = reason(error);
-            if reader_is_first { RelayEnd::FirstFailed(reason) } else { RelayEnd::SecondFailed(reason) }
-        };
         match (ahead, back) {
-            (Poll::Ready(Err(failure)), _) => Poll::Ready(failed(failure, true)),
-            (_, Poll::Ready(Err(failure))) => Poll::Ready(failed(failure, false)),
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(RelayEnd::Clean),
-            _ if forward.is_deaf() || backward.is_deaf() => {
-                while poll_ask(&mut ask, cx).is_ready() {
-                    if let Some(error) = first.failure() {
-                        return Poll::Ready(RelayEnd::FirstFailed(reason(error)));
-                    }
-                    if let Some(error) = second.failure() {
-                        return Poll::Ready(RelayEnd::SecondFailed(reason(error)));
-                    }
-                }
-                Poll::Pending
+            (Poll::Ready(Err(Failure::Read(error))), _) | (_, Poll::Ready(Err(Failure::Write(error)))) => {
+                Poll::Ready(RelayEnd::FirstFailed(reason(error)))
             }
-            _ => Poll::Pending,
+            (Poll::Ready(Err(Failure::Write(error))), _) | (_, Poll::Ready(Err(Failure::Read(error)))) => {
+                Poll::Ready(RelayEnd::SecondFailed(reason(error)))
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(RelayEnd::Clean),
+            _ => clock.poll(cx, (&forward, first), (&backward, second)),
         }
     })
     .await;
@@ -285,12 +343,114 @@ async fn carry<A: Leg, B: Leg>(mut legs: Legs<A, B>, stop: impl Future<Output = 
     Relayed { forward: forward.carried, backward: backward.carried, end }
 }
 
-/// Ready once every [`ASK_PERIOD`]. The timer is made when it is first needed, which is seldom.
-fn poll_ask(ask: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> Poll<()> {
-    let timer = ask.get_or_insert_with(|| Box::pin(sleep(ASK_PERIOD)));
-    ready!(timer.as_mut().poll(cx));
-    timer.as_mut().reset(Instant::now() + ASK_PERIOD);
-    Poll::Ready(())
+/// What no read and no write of a relay tells: the one timer, which goes off every few seconds and compares what has moved,
+/// so that nothing is measured while bytes move; and, at rest, news of the legs that are not read.
+struct Clock<'a> {
+    timer: Pin<&'a mut Sleep>,
+    timeouts: Timeouts,
+    /// How far both directions were when it was looked at last.
+    seen: [Progress; 2],
+    /// When they were seen to have come further.
+    moved: Instant,
+    /// They had not, and a leg was not read: such legs are asked for news.
+    resting: bool,
+    /// The timer goes off after a [`REST`].
+    hurries: bool,
+}
+
+impl<'a> Clock<'a> {
+    fn new(timer: Pin<&'a mut Sleep>, timeouts: Timeouts) -> Self {
+        let moved = Instant::now();
+        Self { timer, timeouts, seen: Default::default(), moved, resting: false, hurries: false }
+    }
+
+    /// Each direction comes with the leg that it reads.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        (forward, first): (&Direction, &mut impl Leg),
+        (backward, second): (&Direction, &mut impl Leg),
+    ) -> Poll<RelayEnd> {
+        let progress = [forward.progress(), backward.progress()];
+        let half_closed = forward.end != End::Open || backward.end != End::Open;
+        let deaf = forward.is_deaf() || backward.is_deaf();
+        loop {
+            if let Poll::Ready(reason) = self.poll_news(cx, forward, first, progress) {
+                return Poll::Ready(RelayEnd::FirstFailed(reason));
+            }
+            if let Poll::Ready(reason) = self.poll_news(cx, backward, second, progress) {
+                return Poll::Ready(RelayEnd::SecondFailed(reason));
+            }
+            ready!(self.poll_tick(cx, progress, deaf));
+            if let Some(error) = first.vanished() {
+                return Poll::Ready(RelayEnd::FirstFailed(reason(error)));
+            }
+            if let Some(error) = second.vanished() {
+                return Poll::Ready(RelayEnd::SecondFailed(reason(error)));
+            }
+            if let Some(reason) = self.timeouts.judge(half_closed, self.moved.elapsed()) {
+                return Poll::Ready(RelayEnd::TimedOut(reason));
+            }
+        }
+    }
+
+    /// At rest, waits until the far side of a leg that is not read is lost. One that has left is only once all that it
+    /// said has had its time to arrive.
+    fn poll_news(
+        &mut self,
+        cx: &mut Context<'_>,
+        direction: &Direction,
+        from: &mut impl Leg,
+        progress: [Progress; 2],
+    ) -> Poll<Aborted> {
+        if !self.resting || !direction.is_deaf() {
+            return Poll::Pending;
+        }
+        match ready!(from.poll_lost(cx)) {
+            Lost::Failed(error) => Poll::Ready(reason(error)),
+            Lost::Left => {
+                let now = Instant::now();
+                self.note(progress, now);
+                if now.duration_since(self.moved) < REST {
+                    self.hurry(self.moved + REST);
+                    return Poll::Pending;
+                }
+                let text = "the far side has closed its socket, and nobody takes what is still said to it";
+                Poll::Ready(Aborted::new(AbortCode::Cancelled, text))
+            }
+        }
+    }
+
+    fn poll_tick(&mut self, cx: &mut Context<'_>, progress: [Progress; 2], deaf: bool) -> Poll<()> {
+        if deaf && !self.resting && !self.hurries {
+            self.hurry(Instant::now() + REST);
+        }
+        ready!(self.timer.as_mut().poll(cx));
+        let now = Instant::now();
+        let moved = self.note(progress, now);
+        self.resting = deaf && !moved;
+        if deaf && moved {
+            self.hurry(now + REST);
+        } else {
+            self.hurries = false;
+            self.timer.as_mut().reset(now + self.timeouts.period());
+        }
+        Poll::Ready(())
+    }
+
+    fn hurry(&mut self, until: Instant) {
+        self.hurries = true;
+        self.timer.as_mut().reset(until);
+    }
+
+    /// Whether anything has moved since the last look.
+    fn note(&mut self, progress: [Progress; 2], now: Instant) -> bool {
+        let moved = std::mem::replace(&mut self.seen, progress) != progress;
+        if moved {
+            self.moved = now;
+        }
+        moved
+    }
 }
 
 /// Aborts both legs unless they have finished: also when the relay's future is dropped half-way.
@@ -334,6 +494,9 @@ struct Direction {
     carried: u64,
 }
 
+/// How far a direction has come: bytes that were read, bytes of them that are kept, and its end.
+type Progress = (u64, usize, End);
+
 /// How far a direction has ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum End {
@@ -346,6 +509,10 @@ enum End {
 }
 
 impl Direction {
+    fn progress(&self) -> Progress {
+        (self.carried, self.kept.as_ref().map_or(0, Chunk::len), self.end)
+    }
+
     /// Whether its sender is not read now, so that its failure would go unseen.
     fn is_deaf(&self) -> bool {
         self.end != End::Open || self.blocked || self.has_kept()

@@ -1,23 +1,33 @@
-//! A TCP socket that carries a link or the bytes of a stream, at whichever end: its options, and how it fails.
+//! The sockets that carry a link or the bytes of a stream, at whichever end: TCP with its options and a Unix socket, and
+//! how each of them fails.
+//!
+//! A socket that nobody reads is watched by a second descriptor, since tokio tells each news of a descriptor only once: who
+//! has read the end of file learns of nothing behind it. It is made when it is first needed, which is for few streams.
 
 use std::{
+    fmt,
     io::{self, IoSlice},
     net::SocketAddr,
     ops::RangeInclusive,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::{TcpStream, UnixStream},
     time::Instant,
 };
 
-use crate::{pace::Pace, proto::ends::Aborted, relay::Leg};
+use crate::{
+    pace::Pace,
+    proto::ends::Aborted,
+    relay::{Leg, Lost},
+};
 
 /// A silent connection is probed after this time, then at this interval, and is dead after that many probes.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
@@ -34,6 +44,7 @@ const LITTLE: usize = 64 * 1024;
 #[derive(Debug)]
 pub struct Socket {
     stream: TcpStream,
+    watch: Watch,
     written: usize,
     pace: Pace,
     /// What the kernel was told last of [`NOT_SENT`].
@@ -48,7 +59,13 @@ impl Socket {
         let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
         let _ = socket.set_tcp_nodelay(true);
         let _ = socket.set_tcp_keepalive(&keepalive);
-        Self { stream, written: 0, pace: Pace::new(Instant::now().into_std()), not_sent: 0 }
+        Self {
+            stream,
+            watch: Watch::default(),
+            written: 0,
+            pace: Pace::new(Instant::now().into_std()),
+            not_sent: 0,
+        }
     }
 
     /// The address of the far end.
@@ -139,8 +156,156 @@ impl Leg for Socket {
         let _ = SockRef::from(&self.stream).set_linger(None);
     }
 
-    fn failure(&self) -> Option<io::Error> {
-        self.stream.take_error().ok().flatten()
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        let stream = &self.stream;
+        self.watch.poll(cx, || Ok(tcp_fails(TcpStream::from_std(second(stream)?)?)))
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+/// A Unix socket as a leg of a relay.
+///
+/// It has no reset: after an abort its peer sees an end of file. Where that matters, use HTTP/2 on it, or TLS within.
+#[derive(Debug)]
+pub struct UnixSocket {
+    stream: UnixStream,
+    watch: Watch,
+    /// This side has ended its direction.
+    shut: bool,
+}
+
+impl UnixSocket {
+    /// Takes a connection.
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream, watch: Watch::default(), shut: false }
+    }
+}
+
+impl AsyncRead for UnixSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for UnixSocket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shut = true;
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl Leg for UnixSocket {
+    fn abort(&mut self, _: &Aborted) {}
+
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        // Once both sides have ended their directions, the socket looks as if the far side had closed it.
+        if self.shut {
+            return Poll::Pending;
+        }
+        let stream = &self.stream;
+        self.watch.poll(cx, || Ok(unix_closes(UnixStream::from_std(second(stream)?)?)))
+    }
+
+    /// The kernel tells at once.
+    fn vanished(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+/// Waits for news of a socket by a second descriptor of it.
+#[derive(Default)]
+enum Watch {
+    #[default]
+    NotNeeded,
+    Waits(BoxFuture<'static, Lost>),
+    Left,
+}
+
+impl Watch {
+    fn poll<F>(&mut self, cx: &mut Context<'_>, begin: impl FnOnce() -> io::Result<F>) -> Poll<Lost>
+    where
+        F: Future<Output = Lost> + Send + 'static,
+    {
+        if let Self::NotNeeded = self {
+            // Without a free descriptor it is tried again when the relay asks again.
+            let Ok(waiting) = begin() else { return Poll::Pending };
+            *self = Self::Waits(Box::pin(waiting));
+        }
+        let Self::Waits(waiting) = self else { return Poll::Ready(Lost::Left) };
+        let lost = ready!(waiting.as_mut().poll(cx));
+        *self = Self::Left;
+        Poll::Ready(lost)
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotNeeded => "NotNeeded",
+            Self::Waits(_) => "Waits",
+            Self::Left => "Left",
+        })
+    }
+}
+
+fn second<S: From<OwnedFd>>(socket: &impl AsFd) -> io::Result<S> {
+    Ok(socket.as_fd().try_clone_to_owned()?.into())
+}
+
+/// Waits until a connection has failed.
+async fn tcp_fails(stream: TcpStream) -> Lost {
+    let error = || stream.take_error()?.ok_or_else(|| io::ErrorKind::WouldBlock.into());
+    Lost::Failed(match stream.async_io(Interest::ERROR, error).await {
+        // A reset behind an end of file has this name, which is meant for writers.
+        Ok(error) if error.kind() == io::ErrorKind::BrokenPipe => io::ErrorKind::ConnectionReset.into(),
+        Ok(error) | Err(error) => error,
+    })
+}
+
+/// Waits until the far side has closed a connection, and not only its own direction. The kernel reports both directions
+/// as closed then, which tokio tells as one kind of readiness to write.
+async fn unix_closes(stream: UnixStream) -> Lost {
+    loop {
+        let ready = match stream.ready(Interest::WRITABLE | Interest::ERROR).await {
+            Ok(ready) => ready,
+            Err(error) => return Lost::Failed(error),
+        };
+        if let Ok(Some(error)) = stream.take_error() {
+            return Lost::Failed(error);
+        }
+        if ready.is_write_closed() {
+            return Lost::Left;
+        }
+        // Only this descriptor forgets that there is room to write.
+        let forget = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+        let _ = stream.try_io(Interest::WRITABLE | Interest::ERROR, forget);
     }
 }
 

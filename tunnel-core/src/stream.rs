@@ -40,6 +40,8 @@ use crate::{
 
 /// First buffer for a stream's header: most headers fit.
 const HEADER_BUFFER: usize = 512;
+/// How long the reason for a reset is waited for. It leaves at the same time, on the control stream.
+const REASON_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a link knows of all its streams.
 #[derive(Debug)]
@@ -277,11 +279,27 @@ impl TunnelStream {
                 self.seat.entry.ends.lock().sent(bytes);
                 Poll::Ready(Ok(bytes))
             }
-            // Reset by the far side, or the link is gone: the reason is on its way.
-            Err(error) => match ready!(self.poll_verdict(cx)) {
-                Ok(()) => Poll::Ready(Err(error)),
-                Err(reason) => Poll::Ready(Err(reason)),
-            },
+            // Reset by the far side, or the link is gone.
+            Err(_) => self.poll_reason(cx).map(Err),
+        }
+    }
+
+    /// Waits until the stream is cut, by whichever side or with its link. For whoever neither reads nor writes.
+    pub(crate) fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        // Before the look, so that an abort right behind it wakes.
+        self.seat.entry.reader.register(cx.waker());
+        if let Some(error) = self.aborted() {
+            return Poll::Ready(error);
+        }
+        ready!(self.mux.poll_reset(cx));
+        self.poll_reason(cx)
+    }
+
+    /// The multiplexer says that the stream is cut: waits, for a short time, for the reason, which is on its way.
+    fn poll_reason(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        match self.aborted() {
+            Some(error) => Poll::Ready(error),
+            None => self.poll_unexplained(cx, REASON_TIMEOUT),
         }
     }
 
@@ -292,12 +310,19 @@ impl TunnelStream {
             Verdict::Aborted(reason) => return Poll::Ready(Err(into_io_error(reason))),
             Verdict::Wait => {}
         }
-        let timeout = self.seat.streams.end_timeout;
+        // Behind a reset comes an abort or nothing; behind a FIN, an end that may wait for much else.
+        let limit = if self.mux.is_reset() { REASON_TIMEOUT } else { Duration::MAX };
+        self.poll_unexplained(cx, limit).map(Err)
+    }
+
+    /// Gives up to know how the stream ended, after the limit or the link's time-out.
+    fn poll_unexplained(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<io::Error> {
+        let timeout = self.seat.streams.end_timeout.min(limit);
         let due = self.verdict_due.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
         ready!(due.as_mut().poll(cx));
         let reason = Aborted::new(AbortCode::Reset, "the stream was reset, and the far side did not say why");
         self.seat.entry.ends.lock().abort(reason.clone());
-        Poll::Ready(Err(into_io_error(reason)))
+        Poll::Ready(into_io_error(reason))
     }
 }
 

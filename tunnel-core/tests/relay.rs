@@ -13,12 +13,13 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tunnel_core::{
-    Aborted, Link, LinkConfig, LinkEvent, OpenRequest, RelayEnd, Relayed, Socket, TunnelStream,
+    Aborted, Link, LinkConfig, LinkEvent, OpenRequest, RelayEnd, Relayed, Socket, Timeouts, TunnelStream,
     proto::messages::{AbortCode, Hello, Welcome},
     relay,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUTS: Timeouts = Timeouts::of("the test");
 
 /// Two ends of one TCP connection on loopback.
 async fn connection() -> (TcpStream, Socket) {
@@ -44,7 +45,7 @@ async fn rig() -> Rig {
             Err(_) => pending().await,
         }
     };
-    Rig { client, target, relay: tokio::spawn(relay(client_leg, target_leg, stopped)), stop }
+    Rig { client, target, relay: tokio::spawn(relay(client_leg, target_leg, TIMEOUTS, stopped)), stop }
 }
 
 async fn is_reset(socket: &mut TcpStream) -> bool {
@@ -127,7 +128,7 @@ async fn a_relay_that_never_runs_again_resets_both_sides() {
     let (mut target, target_leg) = connection().await;
     let client_fd = client_leg.as_fd().try_clone_to_owned().unwrap();
     let target_fd = target_leg.as_fd().try_clone_to_owned().unwrap();
-    let relay = tokio::spawn(relay(client_leg, target_leg, pending()));
+    let relay = tokio::spawn(relay(client_leg, target_leg, TIMEOUTS, pending()));
     client.write_all(b"x").await.unwrap();
     target.read_exact(&mut [0; 1]).await.unwrap();
     // What the relay's own code does at its end must not count: ask the kernel as it stands now.
@@ -254,8 +255,8 @@ async fn pieces_of_any_length_cross_a_link_unharmed_both_ways_at_once() {
         SockRef::from(&socket).set_send_buffer_size(64 * 1024).unwrap();
     }
     let (gateway, edge, _link) = stream().await;
-    let at_gateway = tokio::spawn(relay(client_leg, gateway, pending()));
-    let at_edge = tokio::spawn(relay(edge, target_leg, pending()));
+    let at_gateway = tokio::spawn(relay(client_leg, gateway, TIMEOUTS, pending()));
+    let at_edge = tokio::spawn(relay(edge, target_leg, TIMEOUTS, pending()));
     let ((from_client, to_client), (from_target, to_target)) = (client.into_split(), target.into_split());
     let (from_client, from_target) = (read_slowly(1, from_client), read_slowly(0, from_target));
     let (to_client, to_target) = (send_pieces(0, to_client), send_pieces(1, to_target));

@@ -10,7 +10,7 @@ use std::{
 
 use rustls::pki_types::ServerName;
 use tunnel_core::{
-    LinkConfig, NodeId, Target,
+    LinkConfig, NodeId, Target, Timeouts,
     identity::node_from_certificate,
     tls::{ClientTls, Domain, Files},
 };
@@ -147,6 +147,8 @@ pub struct Config {
     pub dial_timeout: Duration,
     /// Limits of each link.
     pub link: LinkConfig,
+    /// How long a stream may last without moving a byte.
+    pub timeouts: Timeouts,
     /// How soon a lost link is dialed again.
     pub backoff: Backoff,
     /// How long streams may go on after the first signal.
@@ -310,6 +312,7 @@ impl Settings {
                 window_budget: self.link.receive_window.value.0,
                 ..LinkConfig::default()
             },
+            timeouts: Timeouts::of("the edge"),
             backoff: Backoff {
                 min: self.backoff.min.value,
                 outage_max: self.backoff.outage_max.value.min(self.backoff.max.value),

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 use tunnel_core::{
-    Aborted, Host, Incoming, Leg, NodeId, PendingStream, RelayEnd, Relayed, Target,
+    Aborted, Host, Incoming, Leg, NodeId, PendingStream, RelayEnd, Relayed, Target, Timeouts,
     proto::{
         clean_text,
         messages::{AbortCode, Open, RefusalCode},
@@ -35,13 +35,22 @@ pub(crate) struct Dialing<N: Network> {
     policy: Policy,
     network: N,
     timeout: Duration,
+    timeouts: Timeouts,
     metrics: Metrics,
 }
 
 impl<N: Network> Dialing<N> {
     pub(crate) fn new(config: &Config, node: Option<NodeId>, network: N, metrics: Metrics) -> Self {
         let edge = node.as_ref().map_or_else(|| "the edge".to_owned(), ToString::to_string);
-        Self { node, edge, policy: config.policy.clone(), network, timeout: config.dial_timeout, metrics }
+        Self {
+            node,
+            edge,
+            policy: config.policy.clone(),
+            network,
+            timeout: config.dial_timeout,
+            timeouts: config.timeouts,
+            metrics,
+        }
     }
 
     /// The names by which this node is asked for: its id, and the host names and addresses that a gateway has granted.
@@ -180,7 +189,7 @@ async fn join<N: Network>(
         stop.cancelled().await;
         Aborted::new(AbortCode::Drained, "the drain deadline of the edge has passed")
     };
-    let relayed = relay(stream, connection, stopped).await;
+    let relayed = relay(stream, connection, dialing.timeouts, stopped).await;
     drop(active);
     let (how, reason) = ending(&relayed);
     dialing.metrics.stream_ended(&relayed, how);
@@ -208,6 +217,7 @@ fn ending(relayed: &Relayed) -> (&'static str, Option<String>) {
         RelayEnd::FirstFailed(_) => "aborted_by_gateway",
         RelayEnd::SecondFailed(_) => "aborted_by_target",
         RelayEnd::Stopped(_) => "drained",
+        RelayEnd::TimedOut(_) => "timed_out",
     };
     (how, relayed.end.reason().map(ToString::to_string))
 }

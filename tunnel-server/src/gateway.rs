@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use tunnel_core::{
-    GatewayId, InstanceId, LinkConfig, Target,
+    GatewayId, InstanceId, LinkConfig, Target, Timeouts,
     tls::{ClientTls, ServerTls, TlsError},
 };
 
@@ -51,6 +51,8 @@ const NODES_AWAITED: Duration = Duration::from_secs(10);
 /// How long after its start a gateway is not ready while others have not told it which nodes they hold: before that it
 /// would not know them.
 const PEERS_AWAITED: Duration = Duration::from_secs(5);
+/// Whose time-outs they are, in the texts of aborts.
+pub(crate) const WHOSE: &str = "the gateway";
 /// How long aborted streams and closed links may take to say their last words.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -87,6 +89,8 @@ pub struct GatewaySettings {
     pub drain_delay: Duration,
     /// How long running streams may go on after that.
     pub drain_timeout: Duration,
+    /// How long a stream may last without moving a byte.
+    pub timeouts: Timeouts,
     /// Random: sets the ids of its requests apart from those of others.
     pub request_seed: u32,
 }
@@ -147,6 +151,7 @@ impl GatewaySettings {
             allowed_clients: BTreeSet::new(),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
+            timeouts: Timeouts::of(WHOSE),
             request_seed: 0,
         }
     }
@@ -386,6 +391,7 @@ impl Gateway {
             registry: self.registry.clone(),
             router: self.router.clone(),
             metrics: self.metrics.clone(),
+            timeouts: self.settings.timeouts,
             aborting: stages.aborting.clone(),
             closing: stages.closing.clone(),
             sessions: 1.into(),
@@ -576,6 +582,7 @@ fn ingress_settings(settings: &GatewaySettings) -> IngressSettings {
         header_timeout: settings.header_timeout,
         max_header_size: settings.max_header_size,
         max_streams: settings.max_streams_per_connection,
+        timeouts: settings.timeouts,
         request_seed: settings.request_seed,
     }
 }

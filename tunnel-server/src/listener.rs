@@ -16,7 +16,7 @@ use std::{
 use futures_util::FutureExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
     time::{sleep, timeout},
@@ -25,7 +25,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use tunnel_core::{
-    Leg, ReadAhead, Socket,
+    Leg, ReadAhead, Socket, UnixSocket,
     proto::{ALPN_EDGE, ALPN_PEER},
     tls::{self, Domain, ServerTls},
 };
@@ -147,13 +147,13 @@ impl Drop for UnixDoor {
 }
 
 impl Accept for UnixDoor {
-    type Conn = UnixStream;
+    type Conn = UnixSocket;
 
-    async fn accept(&mut self) -> io::Result<(UnixStream, PeerAddr)> {
+    async fn accept(&mut self) -> io::Result<(UnixSocket, PeerAddr)> {
         let (stream, _) = self.listener.accept().await?;
         let gone = |error| io::Error::new(io::ErrorKind::ConnectionAborted, error);
         let peer = stream.peer_cred().map_err(gone)?;
-        Ok((stream, PeerAddr::Unix { uid: peer.uid(), pid: peer.pid() }))
+        Ok((UnixSocket::new(stream), PeerAddr::Unix { uid: peer.uid(), pid: peer.pid() }))
     }
 }
 
@@ -337,23 +337,25 @@ mod tests {
         sync::atomic::{AtomicUsize, Ordering::Relaxed},
     };
 
+    use tokio::net::UnixStream;
+
     use super::*;
 
     /// Gives what it is told to, then waits for ever.
-    struct Scripted(VecDeque<io::Result<UnixStream>>, Arc<AtomicUsize>);
+    struct Scripted(VecDeque<io::Result<UnixSocket>>, Arc<AtomicUsize>);
 
     impl Accept for Scripted {
-        type Conn = UnixStream;
+        type Conn = UnixSocket;
 
-        async fn accept(&mut self) -> io::Result<(UnixStream, PeerAddr)> {
+        async fn accept(&mut self) -> io::Result<(UnixSocket, PeerAddr)> {
             let Some(next) = self.0.pop_front() else { return std::future::pending().await };
             self.1.fetch_add(1, Relaxed);
             next.map(|stream| (stream, PeerAddr::Unix { uid: 0, pid: None }))
         }
     }
 
-    fn connection() -> io::Result<UnixStream> {
-        UnixStream::pair().map(|(near, _)| near)
+    fn connection() -> io::Result<UnixSocket> {
+        UnixStream::pair().map(|(near, _)| UnixSocket::new(near))
     }
 
     #[tokio::test(start_paused = true)]
@@ -391,13 +393,13 @@ mod tests {
 
     #[test]
     fn a_connections_future_is_small() {
-        type Arguments = (&'static ServerTls, UnixStream, &'static Metrics);
+        type Arguments = (&'static ServerTls, UnixSocket, &'static Metrics);
         let peer = PeerAddr::Unix { uid: 0, pid: None };
         let shaking = size_of_future(|(tls, conn, metrics): Arguments| {
             handshake(tls, Domain::Edge, conn, peer, FAREWELL, metrics)
         });
         assert!(shaking <= 1024, "{shaking}");
-        let leaving = size_of_future(say_farewell::<UnixStream>);
+        let leaving = size_of_future(say_farewell::<UnixSocket>);
         assert!(leaving <= 512, "{leaving}");
         let serving = |()| async {
             let held = [0_u8; 4096];

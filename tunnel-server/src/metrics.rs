@@ -259,6 +259,7 @@ impl Metrics {
             RelayEnd::FirstFailed(_) => "client_failed",
             RelayEnd::SecondFailed(_) => "target_failed",
             RelayEnd::Stopped(_) => "stopped",
+            RelayEnd::TimedOut(_) => "timed_out",
         };
         self.streams_ended.get_or_create(&Cause { cause }).inc();
         self.bytes.get_or_create(&Direction { direction: "to_target" }).inc_by(relayed.forward);

@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 use tunnel_core::{
-    LinkConfig,
+    LinkConfig, Timeouts,
     tls::{ClientTls, Domain, Files, ServerTls, TlsError},
 };
 use tunnel_edge::daemon::{
@@ -28,7 +28,7 @@ use crate::{
     config::{Config, Finding, PeersConfig},
     directory::etcd::{self, Etcd, EtcdConfig, EtcdError},
     edges::registry::LinkLimits,
-    gateway::{Gateway, GatewaySettings, PeerSettings},
+    gateway::{Gateway, GatewaySettings, PeerSettings, WHOSE},
     listener::UnixDoor,
 };
 
@@ -235,6 +235,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         allowed_clients,
         drain_delay: config.drain_delay,
         drain_timeout: config.drain_timeout,
+        timeouts: Timeouts::of(WHOSE),
         request_seed,
     }
 }

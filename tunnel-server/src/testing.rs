@@ -24,7 +24,7 @@ use tracing::{
     subscriber::DefaultGuard,
 };
 use tunnel_core::{
-    Aborted, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId, PendingStream,
+    Aborted, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, Lost, NodeId, PendingStream,
     proto::messages::{Hello, Welcome},
 };
 
@@ -135,6 +135,15 @@ impl AsyncWrite for TestLeg {
 impl Leg for TestLeg {
     fn abort(&mut self, reason: &Aborted) {
         self.aborted.lock().get_or_insert_with(|| reason.clone());
+    }
+
+    /// Whatever happens to a pipe in memory, a read tells.
+    fn poll_lost(&mut self, _: &mut Context<'_>) -> Poll<Lost> {
+        Poll::Pending
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        None
     }
 }
 

@@ -16,14 +16,14 @@ use std::{
 use bytes::Buf;
 use clap::{Parser, ValueEnum};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy, sink, split},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, sink, split},
     net::UnixStream,
     runtime::Builder,
     task::JoinSet,
 };
 use tunnel_benches::{echo, link_to, open};
 use tunnel_core::{
-    Aborted, Leg, LinkHandle, TunnelStream,
+    Aborted, LinkHandle, Timeouts, TunnelStream, UnixSocket,
     proto::{
         Side,
         yamux::{Batch, Config, Session},
@@ -32,6 +32,7 @@ use tunnel_core::{
 };
 
 const MIB: usize = 1 << 20;
+const TIMEOUTS: Timeouts = Timeouts::of("the guard");
 
 #[derive(Debug, Parser)]
 #[command(name = "tunnel-guard")]
@@ -115,7 +116,7 @@ async fn echo_by_relay(stream: TunnelStream) {
     let (near, target) = UnixStream::pair().unwrap();
     // A task of its own, as a target is: else each would be asked whenever the other is woken.
     let target = tokio::spawn(echo(target));
-    relay(stream, near, pending_stop()).await;
+    relay(stream, UnixSocket::new(near), TIMEOUTS, pending_stop()).await;
     target.await.unwrap();
 }
 
@@ -129,7 +130,7 @@ async fn bulk(link: &LinkHandle, streams: usize, bytes: usize) {
 }
 
 /// Sends so many bytes while as many are read.
-async fn there_and_back(stream: impl Leg + 'static, bytes: usize) {
+async fn there_and_back(stream: impl AsyncRead + AsyncWrite + Send + 'static, bytes: usize) {
     let (mut reader, mut writer) = split(stream);
     let piece = vec![1; 64 * 1024];
     let send = async {
@@ -162,7 +163,8 @@ async fn opens(link: &LinkHandle, count: usize) {
 async fn relayed(link: &LinkHandle, bytes: usize) {
     let (client, near) = UnixStream::pair().unwrap();
     let stream = open(link).await;
-    let relay = tokio::spawn(async move { relay(near, stream, pending_stop()).await });
+    let relay =
+        tokio::spawn(async move { relay(UnixSocket::new(near), stream, TIMEOUTS, pending_stop()).await });
     there_and_back(client, bytes).await;
     assert!(relay.await.unwrap().end.reason().is_none());
 }

@@ -16,6 +16,7 @@ use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tunnel_core::{
     Link, LinkConfig, LinkError, LinkEvent, LinkHandle, OpenRequest, PendingLink, ReadAhead, Socket,
+    Timeouts,
     proto::messages::{Gateway as Hint, Hello, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
@@ -296,6 +297,7 @@ pub(crate) fn config(tls: Files, gateways: &[SocketAddr], allow: &[String]) -> C
         connect_timeout: Duration::from_secs(10),
         dial_timeout: Duration::from_secs(5),
         link: LinkConfig::default(),
+        timeouts: Timeouts::of("the edge"),
         backoff: Backoff {
             min: Duration::from_millis(5),
             outage_max: Duration::from_millis(50),

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tunnel_core::{Aborted, Leg};
+use tunnel_core::{Aborted, Leg, Lost};
 
 /// Reads into `early` until it is clear whether the connection begins with `wanted`. Cancel-safe: nothing is lost that
 /// is not in `early`.
@@ -105,7 +105,11 @@ impl<C: Leg> Leg for Rewound<C> {
         self.conn.finish();
     }
 
-    fn failure(&self) -> Option<io::Error> {
-        self.conn.failure()
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.conn.poll_lost(cx)
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        self.conn.vanished()
     }
 }

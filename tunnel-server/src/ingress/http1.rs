@@ -99,8 +99,7 @@ async fn carry(
         routed.stream.abort(reason);
         return;
     }
-    let never = std::future::pending();
-    ingress.carry(Protocol::Http1, request, routed, Rewound::new(early, conn), never).await;
+    ingress.carry(Protocol::Http1, request, routed, Rewound::new(early, conn)).await;
 }
 
 async fn refuse(ingress: &Ingress, mut conn: impl Leg, client: &Client, asked: &Asked, refusal: &Refusal) {

@@ -18,14 +18,13 @@ use h2::{
     server::{Builder, Connection, SendResponse},
 };
 use http::{Method, Response, request::Parts};
-use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     task::JoinSet,
     time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
 };
 use tracing::{debug, warn};
-use tunnel_core::{Aborted, Leg, proto::messages::AbortCode};
+use tunnel_core::{Aborted, Leg, Lost};
 
 use super::{Asked, Client, Ingress, Protocol, reply::Refusal};
 use crate::{listener::report_panic, route::Request};
@@ -189,9 +188,7 @@ async fn serve_stream(
     };
     match respond.send_response(Response::new(()), false) {
         Ok(send) => {
-            let leg = H2Leg::new(body, send);
-            let failed = leg.failed();
-            ingress.carry(Protocol::Http2, &request, routed, leg, failed).await;
+            ingress.carry(Protocol::Http2, &request, routed, H2Leg::new(body, send)).await;
         }
         Err(error) => {
             debug!(request = request.id, %error, "the client went away as the target was connected");
@@ -250,29 +247,13 @@ struct H2Leg {
     receive: RecvStream,
     /// What has arrived and was not read yet.
     unread: Bytes,
-    /// Shared only with [`H2Leg::failed`], in the same task.
-    send: Arc<Mutex<SendStream<Bytes>>>,
+    send: SendStream<Bytes>,
     shut: bool,
 }
 
 impl H2Leg {
     fn new(receive: RecvStream, send: SendStream<Bytes>) -> Self {
-        Self { receive, unread: Bytes::new(), send: Arc::new(Mutex::new(send)), shut: false }
-    }
-
-    /// Completes when the client resets the stream, also while nobody reads or writes it.
-    fn failed(&self) -> impl Future<Output = Aborted> + use<> {
-        let send = self.send.clone();
-        async move {
-            match poll_fn(|cx| send.lock().poll_reset(cx)).await {
-                Ok(reason) => {
-                    Aborted::new(AbortCode::Reset, format!("the client reset its stream: {reason}"))
-                }
-                Err(error) => {
-                    Aborted::new(AbortCode::Reset, format!("the client's connection broke: {error}"))
-                }
-            }
-        }
+        Self { receive, unread: Bytes::new(), send, shut: false }
     }
 }
 
@@ -302,8 +283,8 @@ impl AsyncRead for H2Leg {
 }
 
 impl AsyncWrite for H2Leg {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let mut send = self.send.lock();
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let send = &mut self.send;
         let wanted = bytes.len().min(CHUNK);
         if wanted == 0 {
             return Poll::Ready(Ok(0));
@@ -329,7 +310,7 @@ impl AsyncWrite for H2Leg {
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !self.shut {
             self.shut = true;
-            self.send.lock().send_data(Bytes::new(), true).map_err(reset)?;
+            self.send.send_data(Bytes::new(), true).map_err(reset)?;
         }
         Poll::Ready(Ok(()))
     }
@@ -337,7 +318,20 @@ impl AsyncWrite for H2Leg {
 
 impl Leg for H2Leg {
     fn abort(&mut self, _: &Aborted) {
-        self.send.lock().send_reset(Reason::CONNECT_ERROR);
+        self.send.send_reset(Reason::CONNECT_ERROR);
+    }
+
+    /// The client resets the stream, or its connection is gone.
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        Poll::Ready(Lost::Failed(match ready!(self.send.poll_reset(cx)) {
+            Ok(reason) => reset(format!("the client reset its stream: {reason}")),
+            Err(error) => reset(format!("the client's connection broke: {error}")),
+        }))
+    }
+
+    /// The connection's probes tell.
+    fn vanished(&self) -> Option<io::Error> {
+        None
     }
 }
 

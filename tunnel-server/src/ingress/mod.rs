@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    Aborted, GatewayId, Leg, NodeId, Relayed,
+    Aborted, GatewayId, Leg, NodeId, Relayed, Timeouts,
     identity::{names_in_certificate, node_from_certificate},
     proto::{
         clean_text,
@@ -57,6 +57,8 @@ pub(crate) struct IngressSettings {
     pub(crate) max_header_size: usize,
     /// Streams at once on one HTTP/2 connection.
     pub(crate) max_streams: u32,
+    /// How long a stream may last without moving a byte.
+    pub(crate) timeouts: Timeouts,
     /// Sets the gateway's request ids apart from those of others.
     pub(crate) request_seed: u32,
 }
@@ -268,14 +270,7 @@ impl Ingress {
     }
 
     /// Carries a connected request's bytes until it ends.
-    async fn carry(
-        &self,
-        protocol: Protocol,
-        request: &Request,
-        routed: Routed,
-        leg: impl Leg,
-        failed: impl Future<Output = Aborted>,
-    ) {
+    async fn carry(&self, protocol: Protocol, request: &Request, routed: Routed, leg: impl Leg) {
         self.metrics.replied(protocol.label(), 200, "connected");
         let via = routed.via.as_ref().map(GatewayId::as_str);
         debug!(request = request.id, caller = %request.caller, target = %request.target, node = %routed.node, via,
@@ -283,13 +278,10 @@ impl Ingress {
         let _counted = Counted::new(&self.metrics.streams_active);
         let started = Instant::now();
         let stop = async {
-            tokio::select! {
-                biased;
-                () = self.stopping.cancelled() => Aborted::new(AbortCode::Drained, "the gateway stops"),
-                reason = failed => reason,
-            }
+            self.stopping.cancelled().await;
+            Aborted::new(AbortCode::Drained, "the gateway stops")
         };
-        let relayed = relay(leg, routed.stream, stop).await;
+        let relayed = relay(leg, routed.stream, self.settings.timeouts, stop).await;
         self.metrics.stream_ended(&relayed);
         let Relayed { forward, backward, end } = relayed;
         let cause = end.reason().map(ToString::to_string);

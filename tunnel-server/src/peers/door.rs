@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
     Aborted, GatewayId, Incoming, Leg, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, NodeId,
-    PendingStream, Relayed, TunnelStream,
+    PendingStream, Relayed, Timeouts, TunnelStream,
     proto::{
         clean_text,
         control::choose_version,
@@ -67,6 +67,8 @@ pub(crate) struct PeerDoor {
     pub(crate) registry: Arc<Registry>,
     pub(crate) router: Router,
     pub(crate) metrics: Metrics,
+    /// How long a stream may last without moving a byte.
+    pub(crate) timeouts: Timeouts,
     /// Streams that still run are aborted.
     pub(crate) aborting: CancellationToken,
     /// Links that are still up are closed.
@@ -263,7 +265,7 @@ impl PeerDoor {
             self.aborting.cancelled().await;
             Aborted::new(AbortCode::Drained, "the gateway stops")
         };
-        let Relayed { forward, backward, end } = relay(stream, routed.stream, stop).await;
+        let Relayed { forward, backward, end } = relay(stream, routed.stream, self.timeouts, stop).await;
         info!(request = request.id, %from, caller = %request.caller, target = %request.target, node = %routed.node,
               to_target = forward, from_target = backward, took_ms = started.elapsed().as_millis(),
               cause = end.reason().map(ToString::to_string), "forwarded stream ended");

@@ -360,6 +360,23 @@ impl Session {
         Ok((&mut stream.sending, self.output.share(others)))
     }
 
+    /// Waits until the far side resets a stream, for a user that neither reads nor writes it now.
+    pub fn poll_reset(&mut self, number: u32, cx: &mut Context<'_>) -> Poll<()> {
+        if self.is_reset(number) {
+            return Poll::Ready(());
+        }
+        if let Some(stream) = self.streams.get_mut(&number) {
+            stream.watcher = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Whether the far side has reset a stream. The end of the connection is no reset.
+    pub fn is_reset(&self, number: u32) -> bool {
+        self.state != State::Ended
+            && self.streams.get(&number).is_some_and(|stream| stream.sending.is_reset())
+    }
+
     /// No more bytes will be written: the far side reads an end behind those that were.
     pub fn finish(&mut self, number: u32) {
         if let Some(stream) = self.streams.get_mut(&number) {

@@ -21,6 +21,8 @@ pub(super) struct Stream {
     pub(super) id: u32,
     pub(super) receiving: Receiving,
     pub(super) sending: Sending,
+    /// Whoever neither reads nor writes, and waits for a reset.
+    pub(super) watcher: Option<Waker>,
     /// Nobody holds the stream any more: what arrives is of no use, and it is forgotten once all was said.
     pub(super) dropped: bool,
     /// In one of the session's queues of streams that have something to send.
@@ -99,6 +101,7 @@ impl Stream {
                 reset_behind: false,
                 writer: None,
             },
+            watcher: None,
             dropped: false,
             queued: false,
             unacknowledged: opened_here,
@@ -126,6 +129,7 @@ impl Stream {
         let unread = self.receiving.discard();
         self.receiving.reader = None;
         self.sending.writer = None;
+        self.watcher = None;
         match self.sending.state {
             // Unread or unsent bytes are lost, which must not look like an end.
             SendState::Open if self.sending.first.has(Flags::SYN) => self.sending.stop(SendState::Reset),
@@ -150,7 +154,7 @@ impl Stream {
 
     /// Whoever waits for anything of the stream.
     pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> {
-        [self.receiving.reader.take(), self.sending.writer.take()].into_iter().flatten()
+        [self.receiving.reader.take(), self.sending.writer.take(), self.watcher.take()].into_iter().flatten()
     }
 
     /// Whether nothing more will be said of it by either side, so that it may be forgotten.
@@ -299,6 +303,11 @@ impl Sending {
     /// Whether bytes are taken, now or later.
     pub(super) fn is_open(&self) -> bool {
         self.state == SendState::Open
+    }
+
+    /// Whether nothing may be sent any more: the far side has said so, if the connection lasts.
+    pub(super) fn is_reset(&self) -> bool {
+        self.state == SendState::Reset
     }
 
     /// How many bytes more are taken now, while it is open.

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{io::DuplexStream, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tunnel_core::{InstanceId, LinkConfig, proto::messages::RefusalCode};
+use tunnel_core::{InstanceId, LinkConfig, Timeouts, proto::messages::RefusalCode};
 
 use super::{Ingress, IngressSettings, is_sane_id, is_traceparent};
 use crate::{
@@ -51,6 +51,7 @@ impl Site {
             header_timeout: HEADER_TIMEOUT,
             max_header_size: MAX_HEADER,
             max_streams: 10,
+            timeouts: Timeouts::of("the gateway"),
             request_seed: 7,
         };
         change(&mut settings);

@@ -120,7 +120,8 @@ pub fn control(input: &[u8]) {
                 ends.handle_end(end.total_bytes);
             }
         }
-        let sent = std::iter::from_fn(|| control.poll_transmit()).count();
+        let sent =
+            std::iter::from_fn(|| control.poll_transmit().or_else(|| control.poll_heartbeat())).count();
         assert!(sent <= 4, "{sent} messages came of one step");
         if outcome.is_err() {
             break;

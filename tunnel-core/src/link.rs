@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use self::control_stream::{ControlChannel, ControlTask, mux_cause, mux_end};
+use self::control_stream::{ControlChannel, ControlTask, give_up};
 use crate::{
     mux::{Carrier, Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed},
     proto::{
@@ -37,15 +37,17 @@ use crate::{
         },
         yamux::WindowPool,
     },
-    stream::{self, HeaderError, Incoming, OpenStreamError, Streams, TunnelStream, refuse_unread},
+    stream::{self, HeaderError, Incoming, LinkEnd, OpenStreamError, Streams, TunnelStream, refuse_unread},
 };
 
 /// Things that happened to a link may wait for its owner up to this many. More are dropped, but for what a peer tells of
 /// itself and its nodes, which waits: an owner that does not listen must not stop the heartbeat, unless it deals with
 /// peers.
 const EVENTS_WAITING: usize = 8;
-/// An orderly close may take this long before the connection is dropped.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// An orderly close may take this long before the connection is dropped, unless its owner has more time.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The far side of a link that it has closed itself, or that it may not have, has this long to hear the last word.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Limits of one link.
 #[derive(Clone, Debug)]
@@ -137,7 +139,7 @@ impl LinkError {
 impl From<MuxError> for LinkError {
     fn from(error: MuxError) -> Self {
         match error {
-            MuxError::ClosedByPeer => Self::ClosedByPeer,
+            MuxError::ClosedByPeer | MuxError::HungUp => Self::ClosedByPeer,
             MuxError::Io(error) if crate::tls::is_refusal(&error) => {
                 Self::TlsRefused(crate::tls::explain(&error))
             }
@@ -249,7 +251,15 @@ struct Requests {
     update: Option<Update>,
     gateway: Option<Gateway>,
     holdings: Option<Holdings>,
-    close: Option<String>,
+    close: Option<Close>,
+}
+
+/// How a link shall be closed.
+#[derive(Debug)]
+struct Close {
+    reason: String,
+    /// The far side has until then to take what it was told, and to say the same.
+    by: Instant,
 }
 
 impl fmt::Debug for LinkHandle {
@@ -357,9 +367,15 @@ impl LinkHandle {
         self.shared.requested.notify_one();
     }
 
-    /// Ends the link in an orderly way. Streams that still run are aborted.
+    /// Ends the link in an orderly way, within a few seconds. Streams that still run are aborted.
     pub fn close(&self, reason: &str) {
-        self.shared.requests.lock().close = Some(reason.to_owned());
+        self.close_by(reason, Instant::now() + CLOSE_TIMEOUT);
+    }
+
+    /// Ends the link in an orderly way. Streams that still run are aborted. The far side has until `by` to take what it was
+    /// told, however slow the way is, but no longer than it is alive. Of several times, the first counts.
+    pub fn close_by(&self, reason: &str, by: Instant) {
+        self.shared.requests.lock().close = Some(Close { reason: reason.to_owned(), by });
         self.shared.requested.notify_one();
     }
 
@@ -407,7 +423,7 @@ pub struct Link {
 impl Drop for Link {
     fn drop(&mut self) {
         let reason = Aborted::new(AbortCode::LinkLost, "the link was dropped");
-        self.handle.shared.streams.end_all(reason);
+        self.handle.shared.streams.end_all(LinkEnd { reason, in_order: false });
     }
 }
 
@@ -423,7 +439,9 @@ impl Link {
         let now = Instant::now().into_std();
         let control = Control::dialer(hello, now, config.handshake_timeout, config.max_heartbeat);
         let mux = Mux::start(io, Side::Dialer, config.mux());
-        let Ok(stream) = mux.handle.open().await else { return Err(mux_end(mux.task).await.into()) };
+        let Ok(stream) = mux.handle.open().await else {
+            return Err(give_up(LinkError::ClosedByPeer, mux).await.into());
+        };
         let mut channel = ControlChannel::new(control, stream, mux.heard.clone());
         match channel.next_event().await {
             Ok(Event::Established(welcome)) => {
@@ -431,7 +449,7 @@ impl Link {
             }
             Ok(Event::Rejected(reject)) => Err(ConnectError::Rejected(reject)),
             Ok(_) => Err(LinkError::Protocol("an event before the welcome".to_owned()).into()),
-            Err(error) => Err(mux_cause(error, mux.task).await.into()),
+            Err(error) => Err(give_up(error, mux).await.into()),
         }
     }
 
@@ -445,7 +463,7 @@ impl Link {
         let first = tokio::time::timeout_at(now + config.handshake_timeout, mux.inbound.next()).await;
         let stream = match first {
             Ok(Some(stream)) => stream,
-            Ok(None) => return Err(mux_end(mux.task).await),
+            Ok(None) => return Err(give_up(LinkError::ClosedByPeer, mux).await),
             Err(_) => return Err(ControlError::HandshakeTimeout.into()),
         };
         let mut channel = ControlChannel::new(control, stream, mux.heard.clone());
@@ -458,7 +476,7 @@ impl Link {
                 PendingLink { hello: Hello::default(), mux, channel, config }.reject(reject).await;
                 Err(error)
             }
-            Err(error) => Err(mux_cause(error, mux.task).await),
+            Err(error) => Err(give_up(error, mux).await),
         }
     }
 
@@ -556,6 +574,6 @@ impl PendingLink {
             self.mux.handle.close();
             let _ = (&mut self.mux.task).await;
         };
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, farewell).await;
+        let _ = tokio::time::timeout(FAREWELL, farewell).await;
     }
 }

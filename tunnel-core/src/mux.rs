@@ -11,7 +11,7 @@ use std::{
     ops::RangeInclusive,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll, Waker, ready},
@@ -117,8 +117,12 @@ impl<T: Carrier + ?Sized> Carrier for Box<T> {
 /// Why the connection ended.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum MuxError {
+    /// It said so behind all else that it had to say.
     #[error("the far side closed the connection")]
     ClosedByPeer,
+    /// It did not say so.
+    #[error("the far side hung up")]
+    HungUp,
     #[error("{0}")]
     Io(Arc<io::Error>),
     #[error("not the multiplexer's protocol: {0}")]
@@ -142,7 +146,11 @@ impl From<io::Error> for MuxError {
 
 /// The session, and the way to it.
 #[derive(Debug)]
-struct Shared(Mutex<Session>);
+struct Shared {
+    session: Mutex<Session>,
+    /// Why the connection has ended, if that was not this side's wish.
+    cause: OnceLock<MuxError>,
+}
 
 impl Shared {
     /// Does something with the session, then wakes whoever has to know, without the lock.
@@ -154,7 +162,7 @@ impl Shared {
 
     /// Does something with the session. Whoever has to know is the caller's to wake.
     fn with_wakes<R>(&self, act: impl FnOnce(&mut Session) -> R) -> (R, Vec<Waker>) {
-        let mut session = self.0.lock();
+        let mut session = self.session.lock();
         (act(&mut session), session.take_wakes())
     }
 }
@@ -177,9 +185,15 @@ impl MuxHandle {
         Ok(MuxStream::new(self.shared.clone(), number))
     }
 
-    /// Asks for an orderly end: what is queued is sent, then the connection is closed.
+    /// Asks for an orderly end: what is queued is sent, then the connection is closed. The task ends when the far side has
+    /// closed it as well, however long that takes.
     pub(crate) fn close(&self) {
         self.shared.with(Session::close);
+    }
+
+    /// Why the connection has ended, if it has and this side did not close it. Known before any stream hears of the end.
+    pub(crate) fn cause(&self) -> Option<MuxError> {
+        self.shared.cause.get().cloned()
     }
 }
 
@@ -229,13 +243,15 @@ pub(crate) struct Mux {
 impl Mux {
     pub(crate) fn start<T: Carrier>(io: T, side: Side, config: MuxConfig) -> Self {
         let heard = Arc::new(LastHeard::now());
-        let shared = Arc::new(Shared(Mutex::new(config.session(side))));
+        let session = Mutex::new(config.session(side));
+        let shared = Arc::new(Shared { session, cause: OnceLock::new() });
         let driver = Driver {
             io,
             shared: shared.clone(),
             batch: Batch::default(),
             pace: Pace::new(now()),
             closing: false,
+            parting: None,
             heard: heard.clone(),
             received: 0,
         };
@@ -253,9 +269,21 @@ struct Driver<T> {
     pace: Pace,
     /// The last frame is in the batch, or has left.
     closing: bool,
+    parting: Option<Parting>,
     heard: Arc<LastHeard>,
     /// What the connection had received when that was last looked at.
     received: u64,
+}
+
+/// One side has said its last word, and the connection is to be closed so that it arrives. Closing a socket with unread
+/// bytes would send a reset, which overtakes what was written.
+#[derive(Debug)]
+struct Parting {
+    result: Result<(), MuxError>,
+    /// The far side was told that no more bytes come, or cannot be told.
+    shut: bool,
+    /// The far side has said the same, or cannot be heard.
+    heard_out: bool,
 }
 
 impl<T> Drop for Driver<T> {
@@ -270,18 +298,34 @@ impl<T: Carrier> Future for Driver<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         let this = &mut *self;
+        if this.parting.is_none() {
+            let result = ready!(this.poll_serve(cx));
+            if let Err(error) = &result {
+                // Cannot be set already: this is the only place.
+                let _ = this.shared.cause.set(error.clone());
+            }
+            this.shared.with(Session::end);
+            if let Err(MuxError::Io(_) | MuxError::HungUp) = result {
+                return Poll::Ready(result);
+            }
+            this.parting = Some(Parting { result, shut: false, heard_out: false });
+        }
+        this.poll_part(cx)
+    }
+}
+
+impl<T: Carrier> Driver<T> {
+    /// Serves the session until its last frame has left, or the connection is of no more use.
+    fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         for _ in 0..TURNS {
-            let write = match this.poll_write_out(cx) {
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(this.last_words(cx).unwrap_or(error))),
+            let write = match self.poll_write_out(cx) {
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(self.last_words(cx).unwrap_or(error))),
+                Poll::Ready(Ok(())) if self.closing => return Poll::Ready(Ok(())),
                 Poll::Ready(Ok(())) => Poll::Ready(()),
                 Poll::Pending => Poll::Pending,
             };
-            if this.closing {
-                ready!(write);
-                return Pin::new(&mut this.io).poll_shutdown(cx).map_err(MuxError::from);
-            }
             // Read even if the far side takes nothing: what comes may be the window that it is waiting for us to see.
-            let read = this.poll_read_in(cx)?;
+            let read = self.poll_read_in(cx)?;
             if write.is_pending() && read.is_pending() {
                 return Poll::Pending;
             }
@@ -289,9 +333,35 @@ impl<T: Carrier> Future for Driver<T> {
         cx.waker().wake_by_ref();
         Poll::Pending
     }
-}
 
-impl<T: Carrier> Driver<T> {
+    /// Tells the far side that no more bytes come, and reads on until it has said the same. Its owner has a time limit.
+    fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
+        let Some(parting) = &mut self.parting else { return Poll::Ready(Ok(())) };
+        // Whatever fails now, there is nothing more to be said or heard.
+        parting.shut = parting.shut || Pin::new(&mut self.io).poll_shutdown(cx).is_ready();
+        for _ in 0..TURNS {
+            if parting.heard_out {
+                break;
+            }
+            match Pin::new(&mut self.io).poll_fill_buf(cx) {
+                Poll::Ready(Ok([]) | Err(_)) => parting.heard_out = true,
+                Poll::Ready(Ok(bytes)) => {
+                    let count = bytes.len();
+                    Pin::new(&mut self.io).consume(count);
+                    self.heard.note(Instant::now());
+                }
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        if parting.shut && parting.heard_out {
+            return Poll::Ready(parting.result.clone());
+        }
+        if !parting.heard_out {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+
     /// Writes what the session has to send. Pending when there is nothing, or the connection takes no more.
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), MuxError>> {
         // What TLS still holds goes first: whatever joined it would fill no record. And the later the session is
@@ -373,7 +443,7 @@ impl<T: Carrier> Driver<T> {
     ) -> Poll<Result<usize, MuxError>> {
         let bytes = ready!(Pin::new(&mut self.io).poll_fill_buf(cx))?;
         if bytes.is_empty() {
-            return Poll::Ready(Err(MuxError::ClosedByPeer));
+            return Poll::Ready(Err(MuxError::HungUp));
         }
         let (count, now) = (bytes.len(), Instant::now());
         self.heard.note(now);
@@ -410,6 +480,12 @@ pub(crate) struct MuxStream {
 impl MuxStream {
     fn new(shared: Arc<Shared>, number: u32) -> Self {
         Self { shared, number, segments: VecDeque::new(), read: 0 }
+    }
+
+    /// Waits until the end of a stream that was shut down has left, behind all its bytes: whether it has. It has not if the
+    /// stream was reset, or the connection ended before.
+    pub(crate) fn poll_finished(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        self.shared.with(|session| session.poll_finished(self.number, cx))
     }
 
     /// Waits until bytes have arrived: whether some have. `false` at the end of file.
@@ -717,6 +793,7 @@ mod tests {
             stream.write_all(b"x").await.unwrap();
             if let Some(word) = word {
                 far.write_all(&Header::go_away(word).encode()).await.unwrap();
+                far.shutdown().await.unwrap();
             }
             let error = mux.task.await.unwrap().unwrap_err();
             assert_eq!(matches!(error, MuxError::ClosedByPeer), is_farewell, "{error}");
@@ -729,6 +806,14 @@ mod tests {
         let (near, mut far) = tokio::io::duplex(1 << 20);
         let mux = Mux::start(BufReader::new(near), Side::Acceptor, CONFIG);
         far.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut told = Vec::new();
+        far.read_to_end(&mut told).await.unwrap();
+        assert_eq!(told, Header::go_away(GoAway::ProtocolError).encode());
+        assert!(matches!(mux.handle.cause(), Some(MuxError::Protocol(_))));
+        // What it says now is read, and means nothing.
+        far.write_all(&[0xff; 1000]).await.unwrap();
+        assert!(!mux.task.is_finished());
+        drop(far);
         let error = mux.task.await.unwrap().unwrap_err();
         assert!(matches!(error, MuxError::Protocol(_)), "{error}");
     }

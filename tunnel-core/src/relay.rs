@@ -97,6 +97,11 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
     /// Both directions have ended cleanly: dropping this leg must not disturb what is still on its way.
     fn finish(&mut self) {}
 
+    /// Both directions have ended: waits until all that was written has arrived at the far side, where that can be known.
+    fn poll_confirmed(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
     /// Waits until the far side is lost. For a relay at rest that does not read this leg, since it has ended or since
     /// the other leg takes nothing: neither a read nor a write would tell. Takes nothing of what has arrived.
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost>;
@@ -159,6 +164,10 @@ impl Leg for TunnelStream {
         Self::abort(self, reason.clone());
     }
 
+    fn poll_confirmed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Self::poll_confirmed(self, cx)
+    }
+
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
         self.poll_cut(cx).map(Lost::Failed)
     }
@@ -191,6 +200,10 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
 
     fn finish(&mut self) {
         (**self).finish();
+    }
+
+    fn poll_confirmed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        (**self).poll_confirmed(cx)
     }
 
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
@@ -329,6 +342,11 @@ async fn carry<A: Leg, B: Leg>(
         }
     })
     .await;
+    let end = match end {
+        // All of it has left; what was lost on its way, only the far side can tell.
+        RelayEnd::Clean => poll_fn(|cx| legs.poll_confirmed(cx, stop.as_mut())).await,
+        end => end,
+    };
     match end.reason() {
         None => {
             legs.finished = true;
@@ -458,6 +476,28 @@ struct Legs<A: Leg, B: Leg> {
     first: A,
     second: B,
     finished: bool,
+}
+
+impl<A: Leg, B: Leg> Legs<A, B> {
+    fn poll_confirmed(
+        &mut self,
+        cx: &mut Context<'_>,
+        stop: Pin<&mut impl Future<Output = Aborted>>,
+    ) -> Poll<RelayEnd> {
+        let first = self.first.poll_confirmed(cx);
+        if let Poll::Ready(Err(error)) = first {
+            return Poll::Ready(RelayEnd::FirstFailed(reason(error)));
+        }
+        let second = self.second.poll_confirmed(cx);
+        if let Poll::Ready(Err(error)) = second {
+            return Poll::Ready(RelayEnd::SecondFailed(reason(error)));
+        }
+        if first.is_ready() && second.is_ready() {
+            return Poll::Ready(RelayEnd::Clean);
+        }
+        // Last: what has ended cannot be stopped.
+        stop.poll(cx).map(RelayEnd::Stopped)
+    }
 }
 
 impl<A: Leg, B: Leg> Drop for Legs<A, B> {

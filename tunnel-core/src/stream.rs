@@ -52,8 +52,30 @@ pub(crate) struct Streams {
     outbox: Mutex<VecDeque<Outgoing>>,
     outbox_filled: Notify,
     permits: Arc<Semaphore>,
-    ended: OnceLock<Aborted>,
+    confirmations: Mutex<Confirmations>,
+    ended: OnceLock<LinkEnd>,
     end_timeout: Duration,
+}
+
+/// Which streams wait to know that all of theirs has arrived at the far side. It does not say so of each: an answer to a
+/// ping that was sent behind their ends says it of all.
+#[derive(Debug, Default)]
+struct Confirmations {
+    /// How many streams have asked.
+    asked: u64,
+    /// How many of these have been answered. Answers come in the order of asking.
+    confirmed: u64,
+    /// By the stream's number: which in the order of asking it is.
+    waiting: BTreeMap<u64, u64>,
+}
+
+/// How a link ended.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkEnd {
+    /// Why its streams were cut.
+    pub(crate) reason: Aborted,
+    /// The far side has closed it behind all that it had to say: what it did not abort has arrived there.
+    pub(crate) in_order: bool,
 }
 
 /// A message for the control stream. The permit of a stream travels behind its last message, so that a peer that does
@@ -91,6 +113,7 @@ impl Streams {
             outbox: Mutex::default(),
             outbox_filled: Notify::new(),
             permits: Arc::new(Semaphore::new(max_streams)),
+            confirmations: Mutex::default(),
             ended: OnceLock::new(),
             end_timeout,
         }
@@ -127,19 +150,77 @@ impl Streams {
         }
     }
 
-    /// The link is gone, and with it every stream. The first reason stays.
-    pub(crate) fn end_all(&self, reason: Aborted) {
-        let reason = self.ended.get_or_init(|| reason).clone();
-        let entries: Vec<_> = self.entries.lock().values().cloned().collect();
-        for entry in entries {
-            entry.ends.lock().link_lost(reason.clone());
+    /// The link is gone, and with it every stream. The first end stays.
+    pub(crate) fn end_all(&self, end: LinkEnd) {
+        self.end_each(end, |_, _| {});
+    }
+
+    /// This side gives the link up, and with it every stream: what the far side has to hear of them before.
+    pub(crate) fn cut_all(&self, reason: Aborted, out: &mut BytesMut) {
+        let mut cut = BytesMut::new();
+        self.end_each(LinkEnd { reason, in_order: false }, |number, ends| {
+            if let Some(reason) = ends.aborted() {
+                encode(abort(number, reason), &mut cut);
+            }
+        });
+        // Nothing joins what waits any more.
+        self.drain_outbox(out, usize::MAX);
+        out.unsplit(cut);
+    }
+
+    fn end_each(&self, end: LinkEnd, mut tell: impl FnMut(u64, &Ends)) {
+        let reason = self.ended.get_or_init(|| end).reason.clone();
+        let entries: Vec<_> =
+            self.entries.lock().iter().map(|(number, entry)| (*number, entry.clone())).collect();
+        for (number, entry) in entries {
+            let mut ends = entry.ends.lock();
+            ends.link_lost(reason.clone());
+            tell(number, &ends);
+            drop(ends);
             entry.wake();
         }
     }
 
     /// Why the link is gone, if it is.
     pub(crate) fn ended(&self) -> Option<&Aborted> {
-        self.ended.get()
+        self.ended.get().map(|end| &end.reason)
+    }
+
+    /// How many streams have asked whether all of theirs has arrived, if there are some that have had no answer.
+    pub(crate) fn unconfirmed(&self) -> Option<u64> {
+        let confirmations = self.confirmations.lock();
+        (confirmations.asked > confirmations.confirmed).then_some(confirmations.asked)
+    }
+
+    /// The ends of so many of the streams that have asked have arrived, and all before them.
+    pub(crate) fn confirm(&self, count: u64) {
+        let mut confirmations = self.confirmations.lock();
+        confirmations.confirmed = count;
+        let mut due = Vec::new();
+        confirmations.waiting.retain(|number, place| {
+            let waits = *place > count;
+            if !waits {
+                due.push(*number);
+            }
+            waits
+        });
+        drop(confirmations);
+        for entry in due.into_iter().filter_map(|number| self.entry(number)) {
+            entry.reader.wake();
+        }
+    }
+
+    /// Asks whether all that a stream has said has arrived: its place in the order of asking.
+    fn ask(&self, number: u64) -> u64 {
+        let mut confirmations = self.confirmations.lock();
+        confirmations.asked += 1;
+        let place = confirmations.asked;
+        confirmations.waiting.insert(number, place);
+        // Whoever finds others waiting is asked for together with them.
+        if confirmations.waiting.len() == 1 {
+            self.outbox_filled.notify_one();
+        }
+        place
     }
 
     /// Waits until there may be something in the outbox. Cancel-safe.
@@ -153,8 +234,7 @@ impl Streams {
         while out.len() < limit {
             let Some(outgoing) = outbox.pop_front() else { return false };
             if let Some(kind) = outgoing.message {
-                // Cannot be too long: the only text in it was cut.
-                let _ = frame::encode(&crate::proto::messages::Control { kind: Some(kind) }, out);
+                encode(kind, out);
             }
         }
         !outbox.is_empty()
@@ -190,6 +270,15 @@ impl Streams {
     }
 }
 
+fn encode(kind: control::Kind, out: &mut BytesMut) {
+    // Cannot be too long: the only text in it was cut.
+    let _ = frame::encode(&crate::proto::messages::Control { kind: Some(kind) }, out);
+}
+
+fn abort(stream: u64, reason: &Aborted) -> control::Kind {
+    control::Kind::Abort(Abort { stream, code: reason.code.into(), text: clean_text(&reason.text) })
+}
+
 /// A stream's place in its link's table; leaving it says how the stream ended.
 #[derive(Debug)]
 struct Seat {
@@ -199,22 +288,22 @@ struct Seat {
     permit: Option<OwnedSemaphorePermit>,
     /// Why this side gives up, if it said so.
     reason: Option<Aborted>,
+    /// Its place among those that have asked whether all has arrived.
+    asked: Option<u64>,
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         self.streams.entries.lock().remove(&self.number);
+        if self.asked.is_some() {
+            self.streams.confirmations.lock().waiting.remove(&self.number);
+        }
         let ends = self.entry.ends.lock();
         let abort = (!ends.finished()).then(|| {
             // What this side found wrong by itself, a truncation say, outranks "dropped".
             let found = ends.aborted().cloned();
             let dropped = || Aborted::new(AbortCode::Cancelled, "the stream was dropped before its end");
-            let reason = self.reason.take().or(found).unwrap_or_else(dropped);
-            control::Kind::Abort(Abort {
-                stream: self.number,
-                code: reason.code.into(),
-                text: clean_text(&reason.text),
-            })
+            abort(self.number, &self.reason.take().or(found).unwrap_or_else(dropped))
         });
         drop(ends);
         self.streams.push(abort, self.permit.take());
@@ -324,6 +413,36 @@ impl TunnelStream {
         self.seat.entry.ends.lock().abort(reason.clone());
         Poll::Ready(into_io_error(reason))
     }
+
+    /// When both directions have ended here: waits until all that this side has said has arrived at the far side.
+    pub(crate) fn poll_confirmed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.seat.entry.reader.register(cx.waker());
+        if let Some(error) = self.aborted() {
+            return Poll::Ready(Err(error));
+        }
+        let asked = match self.seat.asked {
+            Some(asked) => asked,
+            None if ready!(self.mux.poll_finished(cx)) => {
+                let asked = self.seat.streams.ask(self.seat.number);
+                *self.seat.asked.insert(asked)
+            }
+            // Reset by the far side, or the link is gone: the reason is on its way.
+            None => {
+                return match self.seat.streams.ended() {
+                    Some(lost) => Poll::Ready(Err(into_io_error(lost.clone()))),
+                    None => self.poll_reason(cx).map(Err),
+                };
+            }
+        };
+        if self.seat.streams.confirmations.lock().confirmed >= asked {
+            return Poll::Ready(Ok(()));
+        }
+        match self.seat.streams.ended.get() {
+            None => Poll::Pending,
+            Some(LinkEnd { in_order: true, .. }) => Poll::Ready(Ok(())),
+            Some(LinkEnd { reason, .. }) => Poll::Ready(Err(into_io_error(reason.clone()))),
+        }
+    }
 }
 
 impl Arrived for TunnelStream {
@@ -421,7 +540,7 @@ pub(crate) async fn open(
     open: &Open,
 ) -> Result<(TunnelStream, Opened), OpenStreamError> {
     let entry = streams.enter(open.stream).ok_or(OpenStreamError::Header(HeaderError::NumberTaken))?;
-    let seat = Seat { streams, number: open.stream, entry, permit: Some(permit), reason: None };
+    let seat = Seat { streams, number: open.stream, entry, permit: Some(permit), reason: None, asked: None };
     let mut buffer = BytesMut::with_capacity(HEADER_BUFFER);
     frame::encode(open, &mut buffer).map_err(HeaderError::Frame)?;
     mux.write_all_buf(&mut buffer).await.map_err(HeaderError::Io)?;
@@ -534,6 +653,7 @@ impl Incoming {
             entry,
             permit: Some(self.permit),
             reason: None,
+            asked: None,
         };
         Ok(PendingStream { mux: self.mux, early: buffer, seat, open })
     }

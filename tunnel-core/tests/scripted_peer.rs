@@ -2,24 +2,32 @@
 //! comes of it. Reads like the protocol's rules about ends.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::{
-    io::{AsyncReadExt, BufReader},
-    sync::mpsc,
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader, DuplexStream, ReadBuf, duplex},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
 };
 use tokio_util::compat::TokioAsyncReadCompatExt;
 use tunnel_core::{
-    Aborted, Link, LinkConfig, LinkEvent, LinkHandle, OpenRequest, TunnelStream,
+    Aborted, Leg, Link, LinkConfig, LinkEvent, LinkHandle, Lost, OpenRequest, RelayEnd, Timeouts,
+    TunnelStream,
     proto::{
         frame,
         messages::{
-            Abort, AbortCode, Control, Direction, End, Hello, Open, OpenReply, Opened, Welcome,
+            Abort, AbortCode, Control, Direction, End, Hello, Open, OpenReply, Opened, Pong, Welcome,
             control::Kind, open_reply,
         },
     },
+    relay,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,18 +35,34 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The edge's side of a link, by hand.
 struct Script {
     control: yamux::Stream,
+    heard: BytesMut,
     inbound: mpsc::Receiver<yamux::Stream>,
+    /// Closes the connection in order; dropped, it ends without a word.
+    close: oneshot::Sender<()>,
 }
 
 /// A real gateway side whose edge is a script.
 async fn scripted() -> (LinkHandle, Script) {
-    let (near, far) = tokio::io::duplex(1 << 20);
+    let (near, far) = duplex(1 << 20);
     let mut connection = yamux::Connection::new(near.compat(), yamux::Config::default(), yamux::Mode::Client);
     let mut control = std::future::poll_fn(|cx| connection.poll_new_outbound(cx)).await.unwrap();
     let (accepted, inbound) = mpsc::channel(16);
+    let (close, mut closing) = oneshot::channel();
     tokio::spawn(async move {
-        while let Some(Ok(stream)) = std::future::poll_fn(|cx| connection.poll_next_inbound(cx)).await {
-            let _ = accepted.send(stream).await;
+        loop {
+            tokio::select! {
+                biased;
+                word = &mut closing => {
+                    if word.is_ok() {
+                        std::future::poll_fn(|cx| connection.poll_close(cx)).await.unwrap();
+                    }
+                    return;
+                }
+                Some(Ok(stream)) = std::future::poll_fn(|cx| connection.poll_next_inbound(cx)) => {
+                    let _ = accepted.send(stream).await;
+                }
+                else => return,
+            }
         }
     });
     let config = LinkConfig { end_timeout: Duration::from_millis(300), ..LinkConfig::default() };
@@ -50,7 +74,7 @@ async fn scripted() -> (LinkHandle, Script) {
     let mut link = accept.await.unwrap();
     let handle = link.handle();
     tokio::spawn(async move { while !matches!(link.next().await, LinkEvent::Closed(_)) {} });
-    (handle, Script { control, inbound })
+    (handle, Script { control, heard: BytesMut::new(), inbound, close })
 }
 
 async fn send(control: &mut yamux::Stream, kind: Kind) {
@@ -62,6 +86,22 @@ async fn send(control: &mut yamux::Stream, kind: Kind) {
 impl Script {
     async fn send(&mut self, kind: Kind) {
         send(&mut self.control, kind).await;
+    }
+
+    /// What the gateway says next on the control stream.
+    async fn hear(&mut self) -> Kind {
+        let hearing = async {
+            loop {
+                if let Some(message) = frame::decode::<Control>(&mut self.heard).unwrap() {
+                    return message.kind.unwrap();
+                }
+                let mut piece = [0; 256];
+                let read = self.control.read(&mut piece).await.unwrap();
+                assert!(read > 0, "the control stream has ended");
+                self.heard.extend_from_slice(&piece[..read]);
+            }
+        };
+        tokio::time::timeout(TIMEOUT, hearing).await.unwrap()
     }
 
     /// Lets the gateway open a stream, and answers `Opened`, with `early` right behind it.
@@ -190,4 +230,118 @@ async fn garbage_on_the_control_stream_ends_the_link_and_its_streams() {
     edge.control.write_all(&[0xff; 64]).await.unwrap();
     assert_eq!(code(&read_all(&mut stream).await.unwrap_err()), AbortCode::LinkLost);
     assert!(gateway.is_closed());
+}
+
+/// A client at the other end of a relay.
+struct Client(DuplexStream);
+
+impl AsyncRead for Client {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Client {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Leg for Client {
+    fn abort(&mut self, _: &Aborted) {}
+
+    fn poll_lost(&mut self, _: &mut Context<'_>) -> Poll<Lost> {
+        Poll::Pending
+    }
+
+    fn vanished(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+/// A relay of which both directions have ended: its client, the edge's stream, its number, and the ping behind its end.
+struct Ended {
+    relay: JoinHandle<RelayEnd>,
+    wire: yamux::Stream,
+    number: u64,
+    ping: u64,
+    _client: DuplexStream,
+}
+
+impl Script {
+    async fn ended(&mut self, gateway: &LinkHandle) -> Ended {
+        let (stream, mut wire, number) = self.open(gateway, b"").await;
+        let (mut client, near) = duplex(64);
+        let relay = tokio::spawn(async move {
+            relay(Client(near), stream, Timeouts::of("the gateway"), std::future::pending()).await.end
+        });
+        wire.close().await.unwrap();
+        self.send(end(number, Direction::ToOpener, 0)).await;
+        tokio::io::AsyncWriteExt::shutdown(&mut client).await.unwrap();
+        let is_end = |kind: &Kind| matches!(kind, Kind::End(end) if end.stream == number);
+        while !is_end(&self.hear().await) {}
+        let ping = loop {
+            if let Kind::Ping(ping) = self.hear().await {
+                break ping.id;
+            }
+        };
+        Ended { relay, wire, number, ping, _client: client }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_has_ended_cleanly_once_the_far_side_has_answered_what_was_asked_behind_its_end() {
+    let (gateway, mut edge) = scripted().await;
+    let mut first = edge.ended(&gateway).await;
+    // An answer to a ping before it says nothing.
+    edge.send(Kind::Pong(Pong { id: first.ping - 1 })).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!first.relay.is_finished() && gateway.active_streams() == 1);
+    edge.send(Kind::Pong(Pong { id: first.ping })).await;
+    assert_eq!((&mut first.relay).await.unwrap(), RelayEnd::Clean);
+    assert_eq!(gateway.active_streams(), 0);
+    // The next one has a ping of its own.
+    let second = edge.ended(&gateway).await;
+    assert!(second.ping > first.ping);
+    edge.send(Kind::Pong(Pong { id: second.ping })).await;
+    assert_eq!(second.relay.await.unwrap(), RelayEnd::Clean);
+}
+
+#[tokio::test]
+async fn a_stream_that_the_far_side_aborts_behind_its_end_was_cut() {
+    let (gateway, mut edge) = scripted().await;
+    let ended = edge.ended(&gateway).await;
+    let (stream, code) = (ended.number, AbortCode::Reset.into());
+    edge.send(Kind::Abort(Abort { stream, code, text: "the kubelet went away".to_owned() })).await;
+    let end = ended.relay.await.unwrap();
+    assert_eq!(end, RelayEnd::SecondFailed(Aborted::new(AbortCode::Reset, "the kubelet went away")));
+    drop(ended.wire);
+}
+
+#[tokio::test]
+async fn a_link_that_ends_in_order_confirms_what_it_has_not_aborted_and_one_that_breaks_does_not() {
+    for in_order in [true, false] {
+        let (gateway, mut edge) = scripted().await;
+        let ended = edge.ended(&gateway).await;
+        if in_order {
+            edge.close.send(()).unwrap();
+        } else {
+            drop(edge.close);
+        }
+        let end = ended.relay.await.unwrap();
+        assert_eq!(matches!(end, RelayEnd::Clean), in_order, "{end:?}");
+        assert!(in_order || end.reason().unwrap().code == AbortCode::LinkLost);
+    }
 }

@@ -264,8 +264,10 @@ impl<N: Network> Session<N> {
 
     fn close_if_idle(&mut self) {
         if self.drain.leaving && self.streams.is_empty() && self.drain.lingers_until.is_none() {
-            self.handle.close("drained");
-            self.drain.deadline = None;
+            match self.drain.deadline.take() {
+                Some(deadline) => self.handle.close_by("drained", deadline),
+                None => self.handle.close("drained"),
+            }
         }
     }
 

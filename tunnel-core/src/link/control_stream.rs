@@ -4,6 +4,7 @@
 use std::{
     io,
     sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
 };
 
 use bytes::BytesMut;
@@ -14,20 +15,23 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{CLOSE_TIMEOUT, LinkError, LinkEvent, Shared};
+use super::{Close, FAREWELL, LinkError, LinkEvent, Shared};
 use crate::{
-    mux::{LastHeard, MuxError, MuxStream},
+    mux::{LastHeard, Mux, MuxError, MuxHandle, MuxStream},
     proto::{
         control::{Control, Event},
         ends::Aborted,
         frame,
-        messages::AbortCode,
+        messages::{self, AbortCode},
     },
-    stream::Streams,
+    stream::{LinkEnd, Streams},
 };
 
 /// Encoded control messages wait for the multiplexer up to about this many bytes.
 const CONTROL_BUFFER: usize = 4 * 1024;
+
+/// Whether the ends of streams have arrived is asked of the far side no more often than this: of all at once.
+const CONFIRM_PERIOD: Duration = Duration::from_millis(20);
 
 /// The control state machine and the stream it speaks on.
 pub(super) struct ControlChannel {
@@ -38,6 +42,15 @@ pub(super) struct ControlChannel {
     heard: Arc<LastHeard>,
     input: BytesMut,
     pub(super) out: BytesMut,
+    asking: Asking,
+}
+
+/// Asks the far side whether the ends of streams have arrived: by a ping behind them.
+struct Asking {
+    /// The ping that has had no answer, and how many of the streams that have asked it is for.
+    in_flight: Option<(u64, u64)>,
+    /// The next ping is not sent before.
+    next: Instant,
 }
 
 impl ControlChannel {
@@ -50,18 +63,58 @@ impl ControlChannel {
             heard,
             input: BytesMut::new(),
             out: BytesMut::new(),
+            asking: Asking { in_flight: None, next: Instant::now() },
         }
     }
 
-    /// Encodes what is to be sent: the state machine's messages first, then those of the streams.
-    /// Whether something still waits for room.
+    /// Encodes what is to be sent: the state machine's messages first, then those of the streams, and heartbeats, whose
+    /// answers say that all before them has arrived. Whether something still waits for room.
     pub(super) fn fill(&mut self, streams: Option<&Streams>) -> bool {
         while let Some(message) = self.control.poll_transmit() {
-            if let Err(error) = frame::encode(&message, &mut self.out) {
-                tracing::error!(%error, "a control message is too long and was not sent");
-            }
+            self.encode(&message);
         }
-        streams.is_some_and(|streams| streams.drain_outbox(&mut self.out, CONTROL_BUFFER))
+        let more_waits = streams.is_some_and(|streams| self.fill_ends(streams));
+        while let Some(message) = self.control.poll_heartbeat() {
+            self.encode(&message);
+        }
+        more_waits
+    }
+
+    fn encode(&mut self, message: &messages::Control) {
+        if let Err(error) = frame::encode(message, &mut self.out) {
+            tracing::error!(%error, "a control message is too long and was not sent");
+        }
+    }
+
+    fn fill_ends(&mut self, streams: &Streams) -> bool {
+        // Before the ends are taken, so that none of those that the ping is for comes behind it.
+        let unconfirmed = streams.unconfirmed();
+        let more_waits = streams.drain_outbox(&mut self.out, CONTROL_BUFFER);
+        let now = Instant::now();
+        if let Some(count) = unconfirmed
+            && !more_waits
+            && self.asking.in_flight.is_none()
+            && now >= self.asking.next
+        {
+            self.asking.in_flight = Some((self.control.ping(now.into_std()), count));
+            self.asking.next = now + CONFIRM_PERIOD;
+        }
+        more_waits
+    }
+
+    /// Hands on the far side's answer, if there is one.
+    fn confirm(&mut self, streams: &Streams) {
+        let answered = self.control.answered();
+        if let Some((_, count)) = self.asking.in_flight.take_if(|(ping, _)| *ping <= answered) {
+            streams.confirm(count);
+        }
+    }
+
+    /// When there is something to be done although nothing has happened.
+    fn due(&self, streams: &Streams) -> Option<Instant> {
+        let due = self.control.poll_timeout().map(Instant::from_std);
+        let asks = self.asking.in_flight.is_none() && streams.unconfirmed().is_some();
+        due.into_iter().chain(asks.then_some(self.asking.next)).min()
     }
 
     /// Decodes one whole message that has arrived already, if there is one.
@@ -102,6 +155,13 @@ fn check_read(read: io::Result<usize>) -> Result<(), LinkError> {
     }
 }
 
+/// Why the control stream is not served any longer.
+enum End {
+    /// This side wishes so.
+    Here(Close),
+    Lost(LinkError),
+}
+
 /// Runs the control stream of an established link until the link ends.
 pub(super) struct ControlTask {
     pub(super) channel: ControlChannel,
@@ -112,48 +172,81 @@ pub(super) struct ControlTask {
 
 impl ControlTask {
     pub(super) async fn run(mut self) -> LinkError {
-        let error = self.serve().await;
-        let error = match error {
-            LinkError::ClosedHere(reason) => {
-                let abort = Aborted::new(AbortCode::LinkLost, format!("the link was closed: {reason}"));
-                self.shared.streams.end_all(abort);
-                self.shared.mux.close();
-                let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut self.mux).await;
-                LinkError::ClosedHere(reason)
-            }
-            error => mux_cause(error, self.mux).await,
-        };
-        let abort = Aborted::new(AbortCode::LinkLost, format!("the link was lost: {error}"));
-        self.shared.streams.end_all(abort);
-        error
+        match self.serve().await {
+            End::Here(close) => self.close(close).await,
+            End::Lost(error) => self.lose(error).await,
+        }
     }
 
-    async fn serve(&mut self) -> LinkError {
+    async fn serve(&mut self) -> End {
         loop {
             match self.step().await {
-                Ok(()) => {}
-                Err(error) => return error,
+                Ok(None) => {}
+                Ok(Some(close)) => return End::Here(close),
+                Err(error) => return End::Lost(error),
             }
         }
     }
 
+    /// Ends the link in an orderly way: whatever can be told is told, and the far side has time to take it.
+    async fn close(mut self, Close { reason, mut by }: Close) -> LinkError {
+        let Self { channel, mux, shared, .. } = &mut self;
+        channel.fill(Some(&shared.streams));
+        let cut = Aborted::new(AbortCode::LinkLost, format!("the link was closed: {reason}"));
+        shared.streams.cut_all(cut, &mut channel.out);
+        let ControlChannel { control, writer, out, heard, .. } = channel;
+        let mut parting = std::pin::pin!(async {
+            let _ = writer.write_all_buf(out).await;
+            shared.mux.close();
+            let _ = mux.await;
+        });
+        let mut until = by.min(Instant::from_std(control.dead_at()));
+        loop {
+            tokio::select! {
+                // What is done needs no more time; and there may be less of it now.
+                biased;
+                () = &mut parting => break,
+                () = shared.requested.notified() => {
+                    by = shared.requests.lock().close.take().map_or(by, |again| by.min(again.by));
+                }
+                () = tokio::time::sleep_until(until) => {}
+            }
+            control.heard(heard.at().into_std());
+            until = by.min(Instant::from_std(control.dead_at()));
+            if until <= Instant::now() {
+                break;
+            }
+        }
+        LinkError::ClosedHere(reason)
+    }
+
+    /// The link is of no more use: its streams hear of it at once, and a far side that has closed it, or that broke its
+    /// rules, has some time to hear the last word.
+    async fn lose(self, error: LinkError) -> LinkError {
+        let mux = &self.shared.mux;
+        let in_order = matches!(mux.cause(), Some(MuxError::ClosedByPeer));
+        let error = mux_cause(error, mux);
+        let reason = Aborted::new(AbortCode::LinkLost, format!("the link was lost: {error}"));
+        self.shared.streams.end_all(LinkEnd { reason, in_order });
+        part(mux, self.mux).await;
+        error
+    }
+
     /// One turn: handles what has arrived, encodes what is to go, then waits for the next thing to happen.
-    async fn step(&mut self) -> Result<(), LinkError> {
+    async fn step(&mut self) -> Result<Option<Close>, LinkError> {
         let Self { channel, shared, .. } = self;
         while let Some(event) = channel.control.poll_event() {
             handle_event(shared, &self.events, event).await;
         }
         if channel.decode()? {
-            return Ok(());
+            return Ok(None);
         }
-        // Whatever can be told is told before the link closes.
-        let closing = take_requests(shared, channel);
+        channel.confirm(&shared.streams);
+        if let Some(close) = take_requests(shared, channel) {
+            return Ok(Some(close));
+        }
         let more_waits = channel.fill(Some(&shared.streams));
-        if let Some(reason) = closing {
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, channel.writer.write_all_buf(&mut channel.out)).await;
-            return Err(LinkError::ClosedHere(reason));
-        }
-        let due = channel.control.poll_timeout().map(Instant::from_std);
+        let due = channel.due(&shared.streams);
         // Writing first: what is ready to go should not wait behind what comes.
         tokio::select! {
             biased;
@@ -171,7 +264,7 @@ impl ControlTask {
         shared
             .rtt
             .send_if_modified(|rtt| std::mem::replace(rtt, channel.control.rtt()) != channel.control.rtt());
-        Ok(())
+        Ok(None)
     }
 }
 
@@ -200,8 +293,8 @@ async fn handle_event(shared: &Shared, events: &mpsc::Sender<LinkEvent>, event: 
     let _ = events.try_send(event);
 }
 
-/// Hands the state machine what the handles asked for. The reason to close, if one was given.
-fn take_requests(shared: &Shared, channel: &mut ControlChannel) -> Option<String> {
+/// Hands the state machine what the handles asked for. How to close, if that was asked for.
+fn take_requests(shared: &Shared, channel: &mut ControlChannel) -> Option<Close> {
     let mut requests = shared.requests.lock();
     // They are long: the next ones wait until these have left.
     let holdings = if channel.out.is_empty() { requests.holdings.take() } else { None };
@@ -237,18 +330,26 @@ fn broken(error: io::Error) -> LinkError {
     LinkError::Broken(error.to_string())
 }
 
-/// Why the multiplexer ended, which says more than that the control stream did.
-pub(super) async fn mux_end(task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
-    match tokio::time::timeout(CLOSE_TIMEOUT, task).await {
-        Ok(Ok(Err(error))) => error.into(),
-        _ => LinkError::ClosedByPeer,
+/// `error`, or what is behind it if it only says that the control stream ended.
+fn mux_cause(error: LinkError, mux: &MuxHandle) -> LinkError {
+    match error {
+        LinkError::ClosedByPeer | LinkError::Broken(_) => {
+            mux.cause().map_or(LinkError::ClosedByPeer, LinkError::from)
+        }
+        error => error,
     }
 }
 
-/// `error`, or what is behind it if it only says that the control stream ended.
-pub(super) async fn mux_cause(error: LinkError, task: AbortOnDropHandle<Result<(), MuxError>>) -> LinkError {
-    match error {
-        LinkError::ClosedByPeer | LinkError::Broken(_) => mux_end(task).await,
-        error => error,
+/// Lets the multiplexer, if it has ended by itself, close its connection so that the last word arrives.
+async fn part(mux: &MuxHandle, task: AbortOnDropHandle<Result<(), MuxError>>) {
+    if mux.cause().is_some() {
+        let _ = tokio::time::timeout(FAREWELL, task).await;
     }
+}
+
+/// The link does not come about: why.
+pub(super) async fn give_up(error: LinkError, mux: Mux) -> LinkError {
+    let error = mux_cause(error, &mux.handle);
+    part(&mux.handle, mux.task).await;
+    error
 }

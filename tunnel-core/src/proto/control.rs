@@ -7,8 +7,9 @@
 //!                                                `--reject()--> Closed
 //! ```
 //! The contract: feed [`Control::handle_message`], [`Control::heard`] and [`Control::handle_timeout`] with the time at
-//! which things happened; after each call take all of [`Control::poll_event`] and [`Control::poll_transmit`], then wait
-//! no longer than [`Control::poll_timeout`]. An error means that the link is of no further use.
+//! which things happened; after each call take all of [`Control::poll_event`], [`Control::poll_transmit`] and
+//! [`Control::poll_heartbeat`], then wait no longer than [`Control::poll_timeout`]. An error means that the link is of no
+//! further use.
 
 use std::{
     collections::VecDeque,
@@ -108,6 +109,7 @@ pub struct Control {
     next_ping: Instant,
     ping_id: u64,
     ping_in_flight: Option<(u64, Instant)>,
+    answered: u64,
     rtt: Option<Rtt>,
     // Everything waiting to be sent is bounded: at most one of each.
     handshake_out: Option<Kind>,
@@ -144,6 +146,7 @@ impl Control {
             next_ping: now,
             ping_id: 0,
             ping_in_flight: None,
+            answered: 0,
             rtt: None,
             handshake_out: None,
             pong_out: None,
@@ -256,16 +259,27 @@ impl Control {
         self.events.pop_front()
     }
 
-    /// The next message to send.
+    /// Asks the other side for a sign of life now, and not only when the next is due: the number of the ping. Only on an
+    /// established link.
+    pub fn ping(&mut self, now: Instant) -> u64 {
+        self.ping_id += 1;
+        self.ping_in_flight = Some((self.ping_id, now));
+        self.ping_out = Some(Ping { id: self.ping_id });
+        self.next_ping = now + self.heartbeat;
+        self.ping_id
+    }
+
+    /// The number of the last ping that the other side has answered; all before it have arrived as well.
+    pub fn answered(&self) -> u64 {
+        self.answered
+    }
+
+    /// The next message to send, but for heartbeats.
     pub fn poll_transmit(&mut self) -> Option<messages::Control> {
         let kind = if let Some(kind) = self.handshake_out.take() {
             kind
         } else if self.state != State::Established {
             return None;
-        } else if let Some(pong) = self.pong_out.take() {
-            Kind::Pong(pong)
-        } else if let Some(ping) = self.ping_out.take() {
-            Kind::Ping(ping)
         } else if let Some(drain) = self.drain_out.take() {
             Kind::Drain(drain)
         } else if let Some(update) = self.update_out.take() {
@@ -275,6 +289,14 @@ impl Control {
         } else {
             Kind::Holdings(self.holdings_out.take()?)
         };
+        Some(messages::Control { kind: Some(kind) })
+    }
+
+    /// The next heartbeat to send. It goes behind all else that is to be sent: whoever has the answer knows that this has
+    /// arrived.
+    pub fn poll_heartbeat(&mut self) -> Option<messages::Control> {
+        let pong = self.pong_out.take().map(Kind::Pong);
+        let kind = pong.or_else(|| self.ping_out.take().map(Kind::Ping))?;
         Some(messages::Control { kind: Some(kind) })
     }
 
@@ -298,10 +320,7 @@ impl Control {
                 Err(ControlError::Silent { silence: now.saturating_duration_since(self.last_heard) })
             }
             State::Established if now >= self.next_ping => {
-                self.ping_id += 1;
-                self.ping_in_flight = Some((self.ping_id, now));
-                self.ping_out = Some(Ping { id: self.ping_id });
-                self.next_ping = now + self.heartbeat;
+                self.ping(now);
                 Ok(())
             }
             _ => Ok(()),
@@ -330,11 +349,16 @@ impl Control {
         Ok(())
     }
 
-    fn dead_at(&self) -> Instant {
+    /// When the other side counts as dead, unless it is heard before.
+    pub fn dead_at(&self) -> Instant {
         self.last_heard + self.heartbeat * DEAD_AFTER_PERIODS
     }
 
     fn measure(&mut self, now: Instant, id: u64) {
+        // A number that was never sent is no answer.
+        if id <= self.ping_id {
+            self.answered = self.answered.max(id);
+        }
         let Some((expected, sent)) = self.ping_in_flight else { return };
         if id != expected {
             return;
@@ -415,6 +439,11 @@ mod tests {
         Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() }
     }
 
+    /// What a side has to say next.
+    fn said(side: &mut Control) -> Option<messages::Control> {
+        side.poll_transmit().or_else(|| side.poll_heartbeat())
+    }
+
     /// Two sides and a clock.
     struct Pair {
         now: Instant,
@@ -436,10 +465,10 @@ mod tests {
         }
 
         fn exchange(&mut self) {
-            while let Some(message) = self.edge.poll_transmit() {
+            while let Some(message) = said(&mut self.edge) {
                 self.gateway.handle_message(self.now, message).unwrap();
             }
-            while let Some(message) = self.gateway.poll_transmit() {
+            while let Some(message) = said(&mut self.gateway) {
                 self.edge.handle_message(self.now, message).unwrap();
             }
         }
@@ -449,7 +478,7 @@ mod tests {
     fn heartbeats_measure_the_round_trip() {
         let mut pair = Pair::established();
         pair.edge.handle_timeout(pair.now).unwrap();
-        let ping = pair.edge.poll_transmit().unwrap();
+        let ping = pair.edge.poll_heartbeat().unwrap();
         let sent = pair.now;
         pair.now += Duration::from_millis(30);
         pair.gateway.handle_message(pair.now, ping).unwrap();
@@ -508,8 +537,8 @@ mod tests {
             let ping = messages::Control { kind: Some(Kind::Ping(Ping { id })) };
             pair.gateway.handle_message(pair.now, ping).unwrap();
         }
-        assert_eq!(pair.gateway.poll_transmit().unwrap().kind, Some(Kind::Pong(Pong { id: 999 })));
-        assert_eq!(pair.gateway.poll_transmit(), None);
+        assert_eq!(said(&mut pair.gateway).unwrap().kind, Some(Kind::Pong(Pong { id: 999 })));
+        assert_eq!(said(&mut pair.gateway), None);
     }
 
     #[test]
@@ -538,6 +567,33 @@ mod tests {
             let error = gateway.handle_message(now, messages::Control { kind: Some(kind) }).unwrap_err();
             assert_eq!(error.to_string(), format!("the far side sent {name} before its Hello"));
         }
+    }
+
+    #[test]
+    fn an_answer_stands_for_all_pings_before_it_and_a_number_that_was_not_sent_for_none() {
+        let mut pair = Pair::established();
+        assert_eq!(pair.edge.answered(), 0);
+        let (first, second) = (pair.edge.ping(pair.now), pair.edge.ping(pair.now));
+        pair.exchange();
+        assert!(first < second && pair.edge.answered() == second);
+        let later = pair.now + HEARTBEAT;
+        assert_eq!(pair.edge.poll_timeout(), Some(later), "the next one is not due sooner");
+        for id in [first, second + 1] {
+            let pong = messages::Control { kind: Some(Kind::Pong(Pong { id })) };
+            pair.edge.handle_message(pair.now, pong).unwrap();
+            assert_eq!(pair.edge.answered(), second);
+        }
+    }
+
+    #[test]
+    fn heartbeats_go_behind_all_else() {
+        let mut pair = Pair::established();
+        pair.edge.ping(pair.now);
+        pair.edge.drain(Drain::default());
+        assert_eq!(pair.edge.poll_transmit().unwrap().kind, Some(Kind::Drain(Drain::default())));
+        assert_eq!(pair.edge.poll_transmit(), None);
+        assert!(matches!(pair.edge.poll_heartbeat().unwrap().kind, Some(Kind::Ping(_))));
+        assert_eq!(pair.edge.poll_heartbeat(), None);
     }
 
     #[test]
@@ -587,7 +643,7 @@ mod tests {
                 let mut events = 0;
                 while control.poll_event().is_some() { events += 1; }
                 let mut sent = 0;
-                while control.poll_transmit().is_some() { sent += 1; }
+                while said(&mut control).is_some() { sent += 1; }
                 prop_assert!(events <= 1 && sent <= 3);
             }
         }

@@ -385,6 +385,17 @@ impl Session {
         }
     }
 
+    /// Waits until the end of a stream that was [finished](Self::finish) leaves, behind all its bytes: whether it has.
+    /// It has not if the stream was reset, or the connection ended before.
+    pub fn poll_finished(&mut self, number: u32, cx: &mut Context<'_>) -> Poll<bool> {
+        let Some(stream) = self.streams.get_mut(&number) else { return Poll::Ready(false) };
+        let outcome = stream.sending.outcome();
+        if outcome.is_pending() {
+            stream.sending.writer = Some(cx.waker().clone());
+        }
+        outcome
+    }
+
     /// Nobody will use the stream any more. Unless it was finished, it is reset.
     pub fn discard(&mut self, number: u32) {
         if let Some(stream) = self.streams.get_mut(&number) {
@@ -651,6 +662,7 @@ impl Session {
         self.wakes.extend(stream.sending.take_writer(self.output.share(self.output.waiting())));
         if let Some(header) = stream.next_end() {
             batch.push_header(&header);
+            self.wakes.extend(stream.sending.writer.take());
         }
         stream.queued = stream.has_output();
         if stream.queued {

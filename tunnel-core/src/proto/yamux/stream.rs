@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    task::Waker,
+    task::{Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -60,6 +60,8 @@ pub(super) struct Sending {
     /// There shall be a next frame, if only to say that.
     answers: bool,
     state: SendState,
+    /// The end has left behind all bytes, and the far side has not reset the stream since.
+    end_left: bool,
     /// Bytes of the far side were lost, which it has to hear once this side has finished.
     reset_behind: bool,
     pub(super) writer: Option<Waker>,
@@ -98,6 +100,7 @@ impl Stream {
                 first,
                 answers: false,
                 state: SendState::Open,
+                end_left: false,
                 reset_behind: false,
                 writer: None,
             },
@@ -112,6 +115,7 @@ impl Stream {
     pub(super) fn reset_by_peer(&mut self) {
         self.receiving.ended = true;
         self.sending.stop(SendState::Reset);
+        self.sending.end_left = false;
     }
 
     /// Bytes have come that nobody will read, which must not look as if they had been read.
@@ -229,6 +233,7 @@ impl Stream {
             return None;
         }
         sending.state = if sending.reset_behind { SendState::Resetting } else { SendState::Finished };
+        sending.end_left = !sending.reset_behind;
         let flags = std::mem::take(&mut sending.first).and(Flags::FIN);
         Some(Header { kind: Kind::Data, flags, stream: self.id, length: 0 })
     }
@@ -308,6 +313,15 @@ impl Sending {
     /// Whether nothing may be sent any more: the far side has said so, if the connection lasts.
     pub(super) fn is_reset(&self) -> bool {
         self.state == SendState::Reset
+    }
+
+    /// Whether the end has left, behind all bytes; not ready while it may yet do so.
+    pub(super) fn outcome(&self) -> Poll<bool> {
+        match self.state {
+            _ if self.end_left => Poll::Ready(true),
+            SendState::Open | SendState::Finishing | SendState::Finished => Poll::Pending,
+            SendState::Resetting | SendState::Reset => Poll::Ready(false),
+        }
     }
 
     /// How many bytes more are taken now, while it is open.

@@ -1,7 +1,11 @@
 //! Reads more from a connection at once than its reader takes at a time. TLS takes no more than a record of 16 KiB, and on
 //! a fast way most of what such a read costs is not the bytes.
+//!
+//! Before it is known who the far side is, it does the opposite: it bounds what may come, and shows it to whoever decides
+//! whether TLS should look at it yet.
 
 use std::{
+    future::poll_fn,
     io::{self, Cursor, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
@@ -20,6 +24,8 @@ use crate::{
 pub(crate) const AHEAD: usize = 128 * 1024;
 /// Whoever gets less than this, and all that was asked for, may have read a head: nothing says that there is plenty.
 const PLENTY: usize = 4 * 1024;
+/// Bytes that [`ReadAhead::read_more`] takes at a time: most first messages of a client fit.
+const A_LITTLE: usize = 2 * 1024;
 
 /// A connection under TLS, read ahead while there is more than TLS takes. At rest it has no buffer.
 ///
@@ -33,12 +39,33 @@ pub struct ReadAhead<T> {
     plenty: bool,
     /// Bytes that the connection gave, in all.
     received: u64,
+    /// How many of them may come from a stranger; `None` for any number.
+    allowed: Option<u64>,
 }
 
 impl<T> ReadAhead<T> {
     /// Nothing is read before it is asked for.
     pub fn new(connection: T) -> Self {
-        Self { connection, ahead: Cursor::default(), plenty: false, received: 0 }
+        Self { connection, ahead: Cursor::default(), plenty: false, received: 0, allowed: None }
+    }
+
+    /// As [`Self::new`], for a far side that has not shown yet who it is: of it no more than `bytes` are taken, until
+    /// [`Self::trust`], and nothing is read ahead but by [`Self::read_more`]. Reading beyond that fails.
+    pub fn from_stranger(connection: T, bytes: u64) -> Self {
+        Self { allowed: Some(bytes), ..Self::new(connection) }
+    }
+
+    /// It is known now who the far side is.
+    pub fn trust(&mut self) {
+        self.allowed = None;
+        if !self.ahead.has_remaining() {
+            self.ahead = Cursor::default();
+        }
+    }
+
+    /// What was read and not taken yet.
+    pub fn ahead(&self) -> &[u8] {
+        self.ahead.chunk()
     }
 
     /// Bytes that have come from the far side so far.
@@ -48,11 +75,52 @@ impl<T> ReadAhead<T> {
 }
 
 impl<T: AsyncRead + Unpin> ReadAhead<T> {
+    /// Reads some more, and keeps it to be taken later. How much; 0 at the end of file. Holds no buffer while it waits.
+    ///
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// Those of the connection; and `InvalidData` when a stranger has sent all that it may.
+    pub async fn read_more(&mut self) -> io::Result<usize> {
+        poll_fn(|cx| {
+            let mut bytes = [0; A_LITTLE];
+            let mut buf = ReadBuf::new(&mut bytes);
+            ready!(self.poll_read_past(cx, &mut buf))?;
+            self.ahead.get_mut().extend_from_slice(buf.filled());
+            Poll::Ready(Ok(buf.filled().len()))
+        })
+        .await
+    }
+
     fn poll_read_past(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(allowed) = self.allowed {
+            return self.poll_read_allowed(cx, buf, allowed);
+        }
         let room = buf.remaining();
         ready!(Pin::new(&mut self.connection).poll_read(cx, buf))?;
         self.received += (room - buf.remaining()) as u64;
         self.plenty = room >= PLENTY && buf.remaining() == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    #[cold]
+    fn poll_read_allowed(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        allowed: u64,
+    ) -> Poll<io::Result<()>> {
+        let left = usize::try_from(allowed.saturating_sub(self.received)).unwrap_or(usize::MAX);
+        if left == 0 {
+            let text = "more bytes came than a TLS handshake takes";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, text)));
+        }
+        let room = left.min(buf.remaining());
+        let mut some = ReadBuf::new(buf.initialize_unfilled_to(room));
+        ready!(Pin::new(&mut self.connection).poll_read(cx, &mut some))?;
+        let read = some.filled().len();
+        buf.advance(read);
+        self.received += read as u64;
         Poll::Ready(Ok(()))
     }
 
@@ -218,6 +286,34 @@ mod tests {
             assert_eq!(drain(&mut reader, at_a_time).0, pattern(1 << 20));
             assert!(reader.connection.asked.iter().all(|asked| *asked == at_a_time), "{at_a_time}");
         }
+    }
+
+    #[test]
+    fn of_a_stranger_so_much_is_taken_and_no_more_until_it_is_trusted() {
+        let mut reader = ReadAhead::from_stranger(Source::with(100_000), 40_000);
+        assert_eq!(reader.read_more().now_or_never().unwrap().unwrap(), A_LITTLE);
+        assert_eq!(reader.read_more().now_or_never().unwrap().unwrap(), A_LITTLE);
+        assert_eq!(reader.ahead(), &pattern(2 * A_LITTLE));
+        // However much there is, nothing more than was asked for is read.
+        let (bytes, end) = drain(&mut reader, RECORD);
+        assert_eq!(bytes, pattern(40_000));
+        assert_eq!(end.unwrap().unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(reader.connection.bytes.position(), 40_000);
+        let again = reader.read_more().now_or_never().unwrap();
+        assert_eq!(again.unwrap_err().kind(), ErrorKind::InvalidData);
+        reader.trust();
+        assert_eq!(reader.ahead.get_ref().capacity(), 0);
+        assert_eq!(drain(&mut reader, RECORD).0, pattern(100_000)[40_000..]);
+    }
+
+    #[test]
+    fn what_a_stranger_sent_is_not_lost_when_it_is_trusted() {
+        let mut reader = ReadAhead::from_stranger(Source::with(100), 1000);
+        reader.connection.last = Some(Ok(()));
+        assert_eq!(reader.read_more().now_or_never().unwrap().unwrap(), 100);
+        assert_eq!(reader.read_more().now_or_never().unwrap().unwrap(), 0);
+        reader.trust();
+        assert_eq!(drain(&mut reader, RECORD).0, pattern(100));
     }
 
     /// Notes what it was told.

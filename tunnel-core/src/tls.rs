@@ -367,6 +367,8 @@ pub fn label(error: &io::Error) -> &'static str {
         Some(E::InvalidMessage(_)) => "not_tls",
         Some(_) => "tls",
         None if error.kind() == io::ErrorKind::UnexpectedEof => "closed",
+        // Of the bytes that come before anything is known of who sends them.
+        None if error.kind() == io::ErrorKind::InvalidData => "too_long",
         None => "io",
     }
 }

@@ -17,7 +17,8 @@ use tunnel_core::{
 
 use crate::{
     daemon::{
-        DrainSettings,
+        DrainSettings, admin,
+        descriptors::Need,
         log::{LogConfig, LogSettings},
         settings::{List, OrNone, Parse, Place, Problems, Size, defaults},
     },
@@ -328,6 +329,17 @@ impl Settings {
 }
 
 impl Config {
+    /// How many descriptors it may have open.
+    pub fn descriptors(&self) -> [Need; 3] {
+        let links = 2 * self.redundancy;
+        [
+            // A link that is moved is there twice.
+            Need { setting: "redundancy", count: links },
+            Need { setting: "link.max_streams", count: links.saturating_mul(self.link.max_streams) },
+            Need { setting: "admin.listen", count: self.admin.map_or(0, |_| 1 + admin::MAX_CONNECTIONS) },
+        ]
+    }
+
     /// What an edge runs with if it is told no more than it must be: no proxy and no admin listener, and else the
     /// defaults.
     pub fn new(node: NodeId, gateways: Vec<Target>, tls: Files) -> Self {

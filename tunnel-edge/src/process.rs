@@ -15,7 +15,7 @@ use crate::{
     agent::Agent,
     config::Config,
     daemon::{
-        admin,
+        admin, descriptors,
         log::{self, LogError},
         signal::Signals,
     },
@@ -72,6 +72,9 @@ async fn serve(mut config: Config) -> Result<ExitCode, RunError> {
     };
     config.node = Some(node.clone());
     announce(&config, &node, listener.as_ref());
+    if let Some(shortage) = descriptors::shortage(descriptors::raise(), &config.descriptors()) {
+        warn!("{shortage}");
+    }
 
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);

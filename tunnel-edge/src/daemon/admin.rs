@@ -1,6 +1,7 @@
 //! The admin listener: health, readiness and metrics over plain HTTP/1.1, for probes and Prometheus.
 //!
-//! It has no authentication and tells nothing secret; bind it to loopback, or where only probes get to.
+//! It has no authentication and tells nothing secret; bind it to loopback, or where only probes get to. Whoever can connect
+//! can keep all its connections busy, but not keep others out: the one that has been idle longest goes when another comes.
 
 use std::{convert::Infallible, fmt::Write, sync::Arc, time::Duration};
 
@@ -9,23 +10,27 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
+
+use super::{
+    accept::Pause,
+    waiting::{Seat, WaitingRoom},
+};
 
 /// A request's head must come within this time; an idle connection is closed after it too.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// No connection lives longer, so that a client that does not read its answer cannot keep its place.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
-/// Connections at one time. More wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 64;
-/// Pause after an accept that failed, which is most often for want of file descriptors: trying again at once would spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections at one time. For more, those go that have been idle longest.
+pub const MAX_CONNECTIONS: usize = 64;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -52,19 +57,27 @@ pub async fn serve(
 ) {
     let admin = Arc::new(Admin { ready: Box::new(ready), registry });
     let mut connections = JoinSet::new();
+    let room = WaitingRoom::new(MAX_CONNECTIONS, Gauge::default(), Counter::default());
+    let mut pause = Pause::default();
     loop {
+        let next = async {
+            pause.over().await;
+            listener.accept().await
+        };
         tokio::select! {
             // The end comes first; then places are freed before new ones are taken.
             biased;
             () = stop.cancelled() => break,
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(connection(stream, admin.clone()));
+            Some(_) = connections.join_next() => pause.cut_short(),
+            accepted = next => match accepted {
+                Ok((stream, peer)) => {
+                    pause.forget();
+                    room.enter(peer.ip(), |seat| connections.spawn(connection(stream, admin.clone(), seat)));
                 }
                 Err(error) => {
-                    warn!(%error, "admin: cannot accept a connection");
-                    sleep(ACCEPT_PAUSE).await;
+                    let pause_ms = pause.begin().as_millis();
+                    warn!(%error, pause_ms, "admin: cannot accept a connection; trying again");
+                    room.displace();
                 }
             },
         }
@@ -72,8 +85,9 @@ pub async fn serve(
     connections.shutdown().await;
 }
 
-async fn connection(stream: TcpStream, admin: Arc<Admin>) {
+async fn connection(stream: TcpStream, admin: Arc<Admin>, seat: Seat) {
     let service = service_fn(move |request: Request<Incoming>| {
+        seat.renew();
         let response = admin.answer(request.method(), request.uri().path());
         async { Ok::<_, Infallible>(response) }
     });
@@ -219,19 +233,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_house_is_bounded_and_frees_itself() {
+    async fn silent_connections_keep_nobody_out_and_are_bounded() {
         let running = start().await;
-        let mut idle = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
-            idle.push(TcpStream::connect(running.address).await.unwrap());
+        let mut silent = Vec::new();
+        for _ in 0..200 {
+            silent.push(TcpStream::connect(running.address).await.unwrap());
         }
-        // The next one is served only when the idle ones have run into the header time-out.
-        let started = std::time::Instant::now();
-        let answer = timeout(3 * HEADER_TIMEOUT, ask(running.address, "GET /healthz")).await.unwrap();
+        let asked = std::time::Instant::now();
+        let answer = timeout(HEADER_TIMEOUT, ask(running.address, "GET /healthz")).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        assert!(
-            started.elapsed() > HEADER_TIMEOUT / 2,
-            "more than {MAX_CONNECTIONS} connections were served"
-        );
+        assert!(asked.elapsed() < HEADER_TIMEOUT / 5, "answered after {:?}", asked.elapsed());
+        // The oldest had to go, for all that came and for the one that asked.
+        for (place, stream) in silent.iter_mut().enumerate() {
+            let ended = timeout(Duration::from_millis(1), stream.read(&mut [0])).await.is_ok();
+            assert_eq!(ended, place <= 200 - MAX_CONNECTIONS, "connection {place}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_asks_again_and_again_outlives_those_that_are_silent() {
+        let running = start().await;
+        let mut asking = TcpStream::connect(running.address).await.unwrap();
+        for _ in 0..4 {
+            asking.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+            let read = asking.read(&mut [0; 1024]).await.unwrap();
+            assert!(read > 0, "the connection was closed");
+            for _ in 0..MAX_CONNECTIONS / 2 {
+                let _silent = TcpStream::connect(running.address).await.unwrap();
+            }
+        }
     }
 }

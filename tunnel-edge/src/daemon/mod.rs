@@ -1,12 +1,15 @@
-//! What every daemon of the project needs: settings, logs, the admin listener, signals.
+//! What every daemon of the project needs: settings, logs, listeners, the admin endpoint, signals.
 //!
 //! Both binaries use it, so that an operator who knows one knows the other. Nothing here knows about links, edges or
 //! gateways, and credentials, which reload from disk, are not here either.
 
+pub mod accept;
 pub mod admin;
+pub mod descriptors;
 pub mod log;
 pub mod settings;
 pub mod signal;
+pub mod waiting;
 
 use std::time::Duration;
 

@@ -20,6 +20,8 @@ use tunnel_core::{
 };
 use tunnel_edge::{
     daemon::{
+        admin,
+        descriptors::Need,
         log::{LogConfig, LogSettings},
         settings::{List, OrNone, Parse, Problems, Size, not_expected},
     },
@@ -30,7 +32,12 @@ pub use grant::{Grant, HostName};
 pub use kubeconfig::Kubeconfig;
 pub use peers::{Finding, PeersConfig, PeersSettings};
 
-use crate::{cluster::Access, directory::etcd::settings::EtcdSettings, grants::Grants};
+use crate::{
+    cluster::Access,
+    directory::etcd::settings::EtcdSettings,
+    gateway::{MAX_PEER_LINKS, edge_places},
+    grants::Grants,
+};
 
 settings_group! {
     /// Gateway (who it is, and which nodes serve what)
@@ -98,7 +105,8 @@ settings_group! {
         unix: Option<PathBuf>,
         /// Mode of the Unix socket's file, in octal.
         unix_mode: FileMode = "0660",
-        /// Connections at one time, on all ingress listeners together. More wait in the kernel's queue.
+        /// Connections at one time, on each ingress listener. More wait in the kernel's queue. Whoever has to show a
+        /// certificate there does not count before.
         max_connections: usize = "4096",
         /// Streams at one time, all nodes together. More are refused, one by one.
         max_streams: usize = "4096",
@@ -217,7 +225,7 @@ pub struct Ingress {
     pub tcp: Option<IngressTcp>,
     /// A Unix socket.
     pub unix: Option<IngressUnix>,
-    /// Connections at one time.
+    /// Connections at one time, on each listener.
     pub max_connections: usize,
     /// Streams carried at one time.
     pub max_streams: usize,
@@ -447,6 +455,23 @@ fn host_name() -> Option<String> {
 }
 
 impl Config {
+    /// How many descriptors it may have open, without connections that have not shown yet who they are.
+    pub fn descriptors(&self) -> [Need; 4] {
+        let ingress_doors =
+            usize::from(self.ingress.tcp.is_some()) + usize::from(self.ingress.unix.is_some());
+        [
+            Need { setting: "edges.max_links", count: edge_places(self.edges.max_links) },
+            Need { setting: "ingress.max_connections", count: ingress_doors * self.ingress.max_connections },
+            Need { setting: "peers.listen", count: self.peers.as_ref().map_or(0, |_| 2 * MAX_PEER_LINKS) },
+            Need { setting: "admin.listen", count: self.admin.map_or(0, |_| 1 + admin::MAX_CONNECTIONS) },
+        ]
+    }
+
+    /// How many doors there are where each has to show who it is.
+    pub(crate) fn guarded_doors(&self) -> usize {
+        1 + usize::from(self.ingress.tcp.is_some()) + usize::from(self.peers.is_some())
+    }
+
     /// Reads the credentials of each side and for the cluster, and checks that they fit together. All that is wrong, one
     /// line each. Nothing is contacted.
     pub fn check_files(&self) -> Result<(), Vec<String>> {

@@ -8,9 +8,10 @@
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use tunnel_core::{
     GatewayId, InstanceId, LinkConfig, Target, Timeouts,
-    tls::{ClientTls, ServerTls, TlsError},
+    tls::{ClientTls, Domain, ServerTls, TlsError},
 };
 
 use crate::{
@@ -31,7 +32,7 @@ use crate::{
     },
     grants::{Grants, SharedGrants},
     ingress::{Ingress, IngressSettings},
-    listener::{Accept, accept_loop, report_panic},
+    listener::{Accept, Places, accept_loop, report_panic},
     metrics::Metrics,
     peers::{
         Member, discovery,
@@ -77,8 +78,11 @@ pub struct GatewaySettings {
     pub header_timeout: Duration,
     /// Longest head of a request, in bytes.
     pub max_header_size: usize,
-    /// Connections of the control plane at once, over all its doors.
+    /// Connections of the control plane at once, at each of its doors.
     pub max_ingress_connections: usize,
+    /// Connections at once, at each door, that have not shown yet who they are. Never more than the others that there may
+    /// be.
+    pub max_waiting: usize,
     /// Streams at once, all together.
     pub max_streams: usize,
     /// Streams at once on one HTTP/2 connection.
@@ -146,6 +150,7 @@ impl GatewaySettings {
             header_timeout: Duration::from_secs(10),
             max_header_size: 16 * 1024,
             max_ingress_connections: 10_000,
+            max_waiting: usize::MAX,
             max_streams: 4096,
             max_streams_per_connection: 250,
             allowed_clients: BTreeSet::new(),
@@ -166,8 +171,6 @@ pub struct Gateway {
     grants: SharedGrants,
     metrics: Metrics,
     ingress: Arc<Ingress>,
-    ingress_places: Arc<Semaphore>,
-    edge_places: Arc<Semaphore>,
     stages: Stages,
     router: Router,
     peering: Option<Peering>,
@@ -321,14 +324,10 @@ impl Gateway {
             stages.draining.clone(),
             stages.aborting.clone(),
         );
-        // Links are counted by the registry; a few more connections may be in their handshakes.
-        let edge_places = settings.links.total.saturating_add(settings.links.total / 4).saturating_add(64);
         Self {
             registry,
             grants,
             ingress,
-            ingress_places: places(settings.max_ingress_connections),
-            edge_places: places(edge_places),
             settings,
             metrics,
             stages,
@@ -356,8 +355,10 @@ impl Gateway {
             self.stages.leaving.clone(),
             self.stages.closing.clone(),
         );
-        let serve = move |conn, peer| edges.clone().serve(conn, peer);
-        let (places, stop) = (self.edge_places.clone(), self.stages.leaving.clone());
+        let serve = move |conn, peer, guest| edges.clone().serve(conn, peer, guest);
+        // Links are counted by the registry; a few more connections may be on their way to become some.
+        let places = self.places(Domain::Edge, edge_places(self.settings.links.total));
+        let stop = self.stages.leaving.clone();
         self.edge_doors.push(Box::pin(accept_loop(door, "edges", places, stop, serve)));
         self.credentials.push(Credentials::Server(tls));
     }
@@ -365,8 +366,10 @@ impl Gateway {
     /// Opens a door for the control plane, by mutual TLS.
     pub fn serve_ingress(&mut self, door: impl Accept, tls: ServerTls) {
         let (ingress, credentials) = (self.ingress.clone(), tls.clone());
-        let serve = move |conn, peer| ingress.clone().serve_tls(credentials.clone(), conn, peer);
-        let (places, stop) = (self.ingress_places.clone(), self.stages.draining.clone());
+        let serve =
+            move |conn, peer, guest| ingress.clone().serve_tls(credentials.clone(), conn, peer, guest);
+        let places = self.places(Domain::ControlPlane, self.settings.max_ingress_connections);
+        let stop = self.stages.draining.clone();
         self.ingress_doors.push(Box::pin(accept_loop(door, "ingress", places, stop, serve)));
         self.credentials.push(Credentials::Server(tls));
     }
@@ -398,9 +401,9 @@ impl Gateway {
             epochs: 1.into(),
             running: peering.forwarding.clone(),
         });
-        let serve = move |conn, peer| peers.clone().serve(conn, peer);
-        let accepting =
-            accept_loop(door, "peers", places(peering.settings.max_links), stages.closing.clone(), serve);
+        let serve = move |conn, peer, guest| peers.clone().serve(conn, peer, guest);
+        let places = self.places(Domain::Peer, peering.settings.max_links);
+        let accepting = accept_loop(door, "peers", places, stages.closing.clone(), serve);
         self.peer_tasks.push(Box::pin(accepting));
         let (found, members) = match &peering.meeting {
             Meeting::List(list) => {
@@ -425,6 +428,12 @@ impl Gateway {
         self.credentials.push(Credentials::Client(client_tls));
     }
 
+    /// The places of a door where each shows a certificate: so many, and seats for as many that have not yet, since all may
+    /// come at one moment.
+    fn places(&self, domain: Domain, count: usize) -> Arc<Places> {
+        Places::guarded(count, count.min(self.settings.max_waiting), domain, &self.metrics)
+    }
+
     /// The cluster's gateways, as edges are told: none, if this is the only one.
     fn gateways(&self) -> watch::Receiver<Arc<Vec<tunnel_core::proto::messages::Gateway>>> {
         match &self.peering {
@@ -436,8 +445,10 @@ impl Gateway {
     /// Opens a door for the control plane without TLS: a Unix socket, where the file's permissions decide who may ask.
     pub fn serve_ingress_plain(&mut self, door: impl Accept) {
         let ingress = self.ingress.clone();
-        let serve = move |conn, peer| ingress.clone().serve_plain(conn, peer);
-        let (places, stop) = (self.ingress_places.clone(), self.stages.draining.clone());
+        // Not an async block, which would have room for the future twice: there may be many.
+        let serve = move |conn, peer, guest| ingress.clone().serve_plain(conn, peer).map(|()| drop(guest));
+        let places = Places::open(self.settings.max_ingress_connections);
+        let stop = self.stages.draining.clone();
         self.ingress_doors.push(Box::pin(accept_loop(door, "unix ingress", places, stop, serve)));
     }
 
@@ -559,8 +570,9 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-fn places(count: usize) -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)))
+/// Connections of edges at one time, where there may be so many links.
+pub(crate) fn edge_places(max_links: usize) -> usize {
+    max_links.saturating_add(max_links / 4).saturating_add(64)
 }
 
 fn edge_settings(settings: &GatewaySettings) -> EdgeSettings {

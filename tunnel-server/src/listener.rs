@@ -2,7 +2,10 @@
 //! to do with a connection; a simulated network takes the place of sockets by its own [`Accept`].
 //!
 //! The loop never waits for a connection that it has taken: handshakes run in the connection's own task, under a
-//! deadline. When all places are taken it does not accept, so that more connections wait in the kernel, not here.
+//! deadline that begins when it was accepted. When all [`places`] are taken by connections of which it is known who they
+//! are, it does not accept, so that more wait in the kernel, not here.
+
+mod places;
 
 use std::{
     fmt, fs, io,
@@ -13,13 +16,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::FutureExt;
+use rustls::server::Acceptor;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, UnixListener},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::OwnedSemaphorePermit,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -30,15 +33,15 @@ use tunnel_core::{
     tls::{self, Domain, ServerTls},
 };
 
+use tunnel_edge::daemon::accept::Pause;
+
+pub(crate) use self::places::{Guest, Places};
 use crate::metrics::Metrics;
 
-/// Pauses after an accept that failed, most often for want of file descriptors: trying again at once would spin.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// Handshakes of one door that are worked on at one time: enough to hide what each waits for its far side.
-pub(crate) const TURNS: usize = 256;
-/// After this, the next one's turn comes all the same.
-const LONGEST_TURN: Duration = Duration::from_millis(500);
+/// Largest first message of a client that is waited for. With a post-quantum key and all extensions it is some 2 KiB.
+const MAX_CLIENT_HELLO: usize = 16 * 1024;
+/// How much a client may send until it has shown who it is: its first message, and its chain of certificates.
+pub(crate) const MAX_HANDSHAKE: usize = 2 * MAX_CLIENT_HELLO;
 /// How long, and for how many bytes, a refused connection is read on, so that a reset does not overtake the refusal.
 const FAREWELL: Duration = Duration::from_secs(1);
 const FAREWELL_BYTES: usize = 256 * 1024;
@@ -159,34 +162,38 @@ impl Accept for UnixDoor {
 
 /// Takes connections until `stop`, each served by a task of its own, then waits until all of them are served.
 ///
-/// At most as many are served at once as `places` has permits. Dropping the future drops every connection.
+/// At most as many are served at once as there are `places`. Dropping the future drops every connection.
 pub(crate) async fn accept_loop<A, F>(
     mut door: A,
     name: &'static str,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     stop: CancellationToken,
-    serve: impl Fn(A::Conn, PeerAddr) -> F,
+    serve: impl Fn(A::Conn, PeerAddr, Guest) -> F,
 ) where
     A: Accept,
     F: Future<Output = ()> + Send + 'static,
 {
     let mut connections = JoinSet::new();
-    let mut pause = Duration::ZERO;
+    let mut pause = Pause::default();
     loop {
         tokio::select! {
             // The end comes first; then places are freed before new ones are taken.
             biased;
             () = stop.cancelled() => break,
-            Some(ended) = connections.join_next() => report_panic(name, ended),
-            accepted = next_connection(&mut door, &places, pause) => match accepted {
+            Some(ended) = connections.join_next() => {
+                report_panic(name, ended);
+                pause.cut_short();
+            }
+            accepted = next_connection(&mut door, &places, &pause) => match accepted {
                 Ok((conn, peer, place)) => {
-                    pause = Duration::ZERO;
-                    connections.spawn(in_its_place(serve(conn, peer), place));
+                    pause.forget();
+                    places.enter(peer, place, |guest| connections.spawn(serve(conn, peer, guest)));
                 }
                 Err(error) if concerns_one_connection(&error) => debug!(door = name, %error, "a connection went away"),
                 Err(error) => {
-                    pause = (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-                    warn!(door = name, %error, pause_ms = pause.as_millis(), "cannot accept; trying again");
+                    let pause_ms = pause.begin().as_millis();
+                    warn!(door = name, %error, pause_ms, "cannot accept; trying again");
+                    places.displace();
                 }
             },
         }
@@ -199,21 +206,13 @@ pub(crate) async fn accept_loop<A, F>(
 
 async fn next_connection<A: Accept>(
     door: &mut A,
-    places: &Arc<Semaphore>,
-    pause: Duration,
-) -> io::Result<(A::Conn, PeerAddr, OwnedSemaphorePermit)> {
-    if !pause.is_zero() {
-        sleep(pause).await;
-    }
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    places: &Places,
+    pause: &Pause,
+) -> io::Result<(A::Conn, PeerAddr, Option<OwnedSemaphorePermit>)> {
+    pause.over().await;
+    let place = places.free().await;
     let (conn, peer) = door.accept().await?;
     Ok((conn, peer, place))
-}
-
-/// Keeps the place until the connection is served. Not an `async fn`, which would have room for the future twice: there are
-/// as many as links.
-fn in_its_place<F: Future<Output = ()>>(serving: F, place: OwnedSemaphorePermit) -> impl Future<Output = ()> {
-    serving.map(move |()| drop(place))
 }
 
 fn concerns_one_connection(error: &io::Error) -> bool {
@@ -230,23 +229,9 @@ pub(crate) fn report_panic(what: &'static str, ended: Result<(), tokio::task::Jo
     }
 }
 
-/// Lets `work` begin when its turn comes, in the order of asking. Where all edges of a gateway that is gone come at one
-/// moment, handshakes that were worked on all at once would all be too late; so some are in time, and then the next. One
-/// that takes long, since its far side does, is not waited for by the others.
-pub(crate) async fn in_turn<T>(turns: &Semaphore, work: impl Future<Output = T>) -> T {
-    let turn = turns.acquire().await;
-    let mut work = Box::pin(work);
-    tokio::select! {
-        // What is done needs no more time.
-        biased;
-        done = &mut work => return done,
-        () = sleep(LONGEST_TURN) => drop(turn),
-    }
-    work.await
-}
-
-/// The server side of a TLS handshake, within `deadline`. A failure is told to the client, logged and counted; so is a
-/// client that asks for no application protocol at all, where links are made: it passes TLS, but is no edge and no peer.
+/// The server side of a TLS handshake, within `limit` of when the connection was accepted; then `guest` has its place. A
+/// failure is told to the client, logged and counted; so is a client that asks for no application protocol at all, where
+/// links are made: it passes TLS, but is no edge and no peer.
 ///
 /// Both the handshake and the connection are boxed: they are large, and would stand several times in the future of each
 /// connection, which stays as large as its largest moment until its end.
@@ -255,23 +240,27 @@ pub(crate) async fn handshake<C: Leg + 'static>(
     domain: Domain,
     conn: C,
     peer: PeerAddr,
-    deadline: Duration,
+    guest: &mut Guest,
+    limit: Duration,
     metrics: &Metrics,
 ) -> Option<Box<TlsStream<ReadAhead<C>>>> {
-    let accepting = Box::pin(tls.acceptor().accept(ReadAhead::new(conn)).into_fallible());
-    let shaken = match timeout(deadline, accepting).await {
-        Ok(Ok(stream)) => Ok(Box::new(stream)),
+    let deadline = guest.deadline(limit);
+    let shaken = match timeout_at(deadline, Box::pin(shake_hands(tls, conn, guest))).await {
+        Ok(Ok(stream)) => Ok(stream),
         Ok(Err((error, conn))) => Err((error, Some(conn))),
         Err(_) => Err((io::Error::from(io::ErrorKind::TimedOut), None)),
     };
     let (error, conn) = match shaken {
-        Ok(stream) => return of_its_protocol(stream, domain, peer, metrics).await,
+        Ok(stream) => {
+            let stream = of_its_protocol(stream, domain, peer, guest, metrics).await?;
+            return admitted(stream, domain, peer, guest, deadline, metrics).await;
+        }
         Err(failed) => failed,
     };
     let cause = if conn.is_some() { tls::label(&error) } else { "timeout" };
     let text = match &conn {
         Some(_) => tls::explain(&error),
-        None => format!("the TLS handshake was not finished within {} ms", deadline.as_millis()),
+        None => format!("the TLS handshake was not finished within {} ms", limit.as_millis()),
     };
     metrics.handshake_failed(domain, cause);
     if cause == "closed" {
@@ -281,8 +270,70 @@ pub(crate) async fn handshake<C: Leg + 'static>(
         warn!(%peer, %domain, cause = text, "TLS handshake failed");
     }
     if let Some(conn) = conn {
-        say_farewell(conn).await;
+        guest.falls_silent();
+        // Boxed as well: those that get in need no room for it.
+        Box::pin(say_farewell(conn)).await;
     }
+    None
+}
+
+async fn shake_hands<C: Leg + 'static>(
+    tls: &ServerTls,
+    conn: C,
+    guest: &Guest,
+) -> Result<Box<TlsStream<ReadAhead<C>>>, (io::Error, ReadAhead<C>)> {
+    let mut conn = ReadAhead::from_stranger(conn, MAX_HANDSHAKE as u64);
+    match client_hello(&mut conn).await {
+        Ok(()) => guest.in_turn(tls.acceptor().accept(conn).into_fallible()).await.map(Box::new),
+        Err(error) => Err((error, conn)),
+    }
+}
+
+/// Waits until all of a client's first message is there, or enough to say that it is none. Nothing is computed before, and
+/// only what has come takes memory.
+async fn client_hello<C: Leg>(conn: &mut ReadAhead<C>) -> io::Result<()> {
+    while !is_worth_a_look(conn.ahead()) {
+        if conn.ahead().len() >= MAX_CLIENT_HELLO {
+            let text = format!("no whole ClientHello came in the first {} KiB", MAX_CLIENT_HELLO / 1024);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        if conn.read_more().await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+/// Whether TLS would do more with these first bytes of a client than ask for more.
+fn is_worth_a_look(mut bytes: &[u8]) -> bool {
+    let mut acceptor = Acceptor::default();
+    while !bytes.is_empty() {
+        // An error is one of TLS, which says it better.
+        if acceptor.read_tls(&mut bytes).is_err() {
+            return true;
+        }
+        if !matches!(acceptor.accept(), Ok(None)) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Who a connection is from is known: it gets its place.
+async fn admitted<C: Leg>(
+    mut stream: Box<TlsStream<ReadAhead<C>>>,
+    domain: Domain,
+    peer: PeerAddr,
+    guest: &mut Guest,
+    deadline: Instant,
+    metrics: &Metrics,
+) -> Option<Box<TlsStream<ReadAhead<C>>>> {
+    stream.get_mut().0.trust();
+    if guest.admit(deadline).await {
+        return Some(stream);
+    }
+    metrics.handshake_failed(domain, "full");
+    warn!(%peer, %domain, "refused: no other connection has ended in time, and there are as many as there may be");
     None
 }
 
@@ -291,6 +342,7 @@ async fn of_its_protocol<C: Leg + 'static>(
     mut stream: Box<TlsStream<C>>,
     domain: Domain,
     peer: PeerAddr,
+    guest: &Guest,
     metrics: &Metrics,
 ) -> Option<Box<TlsStream<C>>> {
     let (wanted, of) = match domain {
@@ -307,6 +359,7 @@ async fn of_its_protocol<C: Leg + 'static>(
     }
     metrics.handshake_failed(domain, "alpn");
     warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of {of}");
+    guest.falls_silent();
     say_farewell(stream).await;
     None
 }
@@ -337,9 +390,10 @@ mod tests {
         sync::atomic::{AtomicUsize, Ordering::Relaxed},
     };
 
-    use tokio::net::UnixStream;
+    use tokio::{net::UnixStream, time::sleep};
 
     use super::*;
+    use crate::testing::metrics;
 
     /// Gives what it is told to, then waits for ever.
     struct Scripted(VecDeque<io::Result<UnixSocket>>, Arc<AtomicUsize>);
@@ -364,7 +418,7 @@ mod tests {
         let failures = (0..1000).map(|_| Err(io::Error::other("too many open files"))).collect();
         let door = Scripted(failures, tries.clone());
         let stop = CancellationToken::new();
-        let looping = accept_loop(door, "test", Arc::new(Semaphore::new(1)), stop, |_, _| async {});
+        let looping = accept_loop(door, "test", Places::open(1), stop, |_, _, _| async {});
         let _ = timeout(Duration::from_secs(10), looping).await;
         let tries = tries.load(Relaxed);
         assert!((10..20).contains(&tries), "{tries} tries in ten seconds");
@@ -375,9 +429,11 @@ mod tests {
         let taken = Arc::new(AtomicUsize::new(0));
         let door = Scripted((0..5).map(|_| connection()).collect(), taken.clone());
         let stop = CancellationToken::new();
-        let serve = |_, _| sleep(Duration::from_secs(10));
-        let looping =
-            tokio::spawn(accept_loop(door, "test", Arc::new(Semaphore::new(2)), stop.clone(), serve));
+        let serve = |_, _, guest| async {
+            sleep(Duration::from_secs(10)).await;
+            drop(guest);
+        };
+        let looping = tokio::spawn(accept_loop(door, "test", Places::open(2), stop.clone(), serve));
         for (seconds, expected) in [(5, 2), (10, 4), (10, 5)] {
             sleep(Duration::from_secs(seconds)).await;
             assert_eq!(taken.load(Relaxed), expected);
@@ -393,38 +449,107 @@ mod tests {
 
     #[test]
     fn a_connections_future_is_small() {
-        type Arguments = (&'static ServerTls, UnixSocket, &'static Metrics);
+        type Arguments = (&'static ServerTls, UnixSocket, &'static mut Guest, &'static Metrics);
         let peer = PeerAddr::Unix { uid: 0, pid: None };
-        let shaking = size_of_future(|(tls, conn, metrics): Arguments| {
-            handshake(tls, Domain::Edge, conn, peer, FAREWELL, metrics)
+        let shaking = size_of_future(|(tls, conn, guest, metrics): Arguments| {
+            handshake(tls, Domain::Edge, conn, peer, guest, FAREWELL, metrics)
         });
         assert!(shaking <= 1024, "{shaking}");
         let leaving = size_of_future(say_farewell::<UnixSocket>);
         assert!(leaving <= 512, "{leaving}");
-        let serving = |()| async {
-            let held = [0_u8; 4096];
-            sleep(FAREWELL).await;
-            std::hint::black_box(&held);
+    }
+
+    /// A real client's first bytes.
+    fn first_message() -> Vec<u8> {
+        let config =
+            rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_root_certificates(rustls::RootCertStore::empty())
+                .with_no_client_auth();
+        let mut client = rustls::ClientConnection::new(Arc::new(config), "gw".try_into().unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// The same message in records of so many bytes.
+    fn in_records(message: &[u8], of: usize) -> Vec<u8> {
+        let record = |piece: &[u8]| [&[22, 3, 1, 0, u8::try_from(piece.len()).unwrap()], piece].concat();
+        message[5..].chunks(of).flat_map(record).collect()
+    }
+
+    #[test]
+    fn only_a_whole_first_message_is_worth_a_look_or_one_that_is_none() {
+        let message = first_message();
+        for whole in [message.clone(), in_records(&message, 1), in_records(&message, 100)] {
+            assert!(is_worth_a_look(&whole));
+            let early = (0..whole.len()).find(|length| is_worth_a_look(&whole[..*length]));
+            assert_eq!(early, None, "of {}", whole.len());
+            assert!(is_worth_a_look(&[&whole[..], b"and more"].concat()));
+        }
+        assert!(is_worth_a_look(b"GET / HTTP/1.1"));
+    }
+
+    #[tokio::test]
+    async fn a_first_message_is_waited_for_up_to_its_longest() {
+        let message = first_message();
+        let hear = |bytes: Vec<u8>| async move {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            let mut conn = ReadAhead::from_stranger(UnixSocket::new(near), u64::MAX);
+            far.write_all(&bytes).await.unwrap();
+            far.shutdown().await.unwrap();
+            client_hello(&mut conn).await.map(|()| conn.ahead().len())
         };
-        let served = size_of_future(|place| in_its_place(serving(()), place));
-        assert!(served <= size_of_future(serving) + 64, "{served}");
+        assert_eq!(hear(message.clone()).await.unwrap(), message.len());
+        assert_eq!(hear(message[..99].to_vec()).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        // A handshake message of 60,000 bytes that is never whole.
+        let endless = in_records(&[&[0; 5][..], &[1, 0, 0xea, 0x60], &vec![0; 50_000]].concat(), 250);
+        let error = hear(endless).await.unwrap_err();
+        assert_eq!(error.to_string(), "no whole ClientHello came in the first 16 KiB");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn turns_are_taken_in_order_and_a_slow_one_is_not_waited_for() {
-        let (turns, done) = (Semaphore::new(2), parking_lot::Mutex::new(Vec::new()));
-        let work = |number: u32, millis: u64| {
-            let done = &done;
-            in_turn(&turns, async move {
-                sleep(Duration::from_millis(millis)).await;
-                done.lock().push(number);
-            })
+    async fn connections_that_end_do_not_put_off_the_next_accept_but_bring_it_nearer() {
+        let taken = Arc::new(AtomicUsize::new(0));
+        // A hundred connections, of which one ends every 7 ms; then nine failures, whose pauses would take 2.3 s.
+        let failures = (0..9).map(|_| Err(io::Error::other("too many open files")));
+        let script = (0..100).map(|_| connection()).chain(failures).chain([connection()]);
+        let door = Scripted(script.collect(), taken.clone());
+        let number = AtomicUsize::new(0);
+        let serve = move |_, _, guest: Guest| {
+            let number = number.fetch_add(1, Relaxed) as u64;
+            async move {
+                sleep(Duration::from_millis(7 * (number + 1))).await;
+                drop(guest);
+            }
         };
-        let begun = tokio::time::Instant::now();
-        // The first two take their turns; the slow one's ends after half a second, and the third takes 100 ms then.
-        tokio::join!(work(1, 100_000), work(2, 100), work(3, 600), work(4, 100), work(5, 100));
-        assert_eq!(*done.lock(), [2, 4, 3, 5, 1]);
-        assert_eq!(begun.elapsed(), Duration::from_secs(100));
+        let stop = CancellationToken::new();
+        let looping = accept_loop(door, "test", Places::open(200), stop, serve);
+        let _ = timeout(Duration::from_millis(7 * 9 + 3), looping).await;
+        assert_eq!(taken.load(Relaxed), 110);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stranger_has_to_go_when_there_are_no_descriptors() {
+        let taken = Arc::new(AtomicUsize::new(0));
+        let script = [connection(), connection(), Err(io::Error::other("too many open files")), connection()];
+        let door = Scripted(script.into(), taken.clone());
+        let served = Arc::new(AtomicUsize::new(0));
+        let counted = served.clone();
+        let serve = move |_, _, guest: Guest| {
+            let (served, number) = (counted.clone(), counted.fetch_add(1, Relaxed));
+            async move {
+                sleep(Duration::from_secs(3600)).await;
+                served.fetch_add(100 * number, Relaxed);
+                drop(guest);
+            }
+        };
+        let places = Places::guarded(9, 9, Domain::Edge, &metrics());
+        let looping = accept_loop(door, "test", places, CancellationToken::new(), serve);
+        let _ = timeout(Duration::from_secs(3601), looping).await;
+        // The first one did not get to its end; the others did.
+        assert_eq!((taken.load(Relaxed), served.load(Relaxed)), (4, 3 + 100 + 200));
     }
 
     #[tokio::test]

@@ -35,6 +35,11 @@ struct Handshake {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Side {
+    domain: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Code {
     code: &'static str,
 }
@@ -88,6 +93,7 @@ pub(crate) struct Metrics {
     forwarded: Family<Cause, Counter>,
     handed_to_peers: Family<Cause, Counter>,
     links_closed: Family<Cause, Counter>,
+    connections_waiting: Family<Side, Gauge>,
     handshakes_failed: Family<Handshake, Counter>,
     rejects: Family<Code, Counter>,
     requests: Family<Reply, Counter>,
@@ -113,6 +119,7 @@ impl Metrics {
             forwarded: Family::default(),
             handed_to_peers: Family::default(),
             links_closed: Family::default(),
+            connections_waiting: Family::default(),
             handshakes_failed: Family::default(),
             rejects: Family::default(),
             requests: Family::default(),
@@ -143,6 +150,11 @@ impl Metrics {
         );
         server.register("links_opened", "Links that came up", self.links_opened.clone());
         server.register("links_closed", "Links that ended, by cause", self.links_closed.clone());
+        server.register(
+            "connections_waiting",
+            "Connections that have not shown yet who they are, by trust domain",
+            self.connections_waiting.clone(),
+        );
         server.register(
             "handshakes_failed",
             "Connections that got no further than their handshake, by trust domain and cause",
@@ -217,12 +229,18 @@ impl Metrics {
     }
 
     pub(crate) fn handshake_failed(&self, domain: Domain, cause: &'static str) {
-        let domain = match domain {
-            Domain::Edge => "edge",
-            Domain::ControlPlane => "control_plane",
-            Domain::Peer => "peer",
-        };
-        self.handshakes_failed.get_or_create(&Handshake { domain, cause }).inc();
+        self.handshakes_failed.get_or_create(&Handshake { domain: label(domain), cause }).inc();
+    }
+
+    /// How many connections of a domain have not shown yet who they are.
+    pub(crate) fn waiting(&self, domain: Domain) -> Gauge {
+        self.connections_waiting.get_or_create(&Side { domain: label(domain) }).clone()
+    }
+
+    /// How many of them had to go for others.
+    pub(crate) fn displaced(&self, domain: Domain) -> Counter {
+        let failure = Handshake { domain: label(domain), cause: "displaced" };
+        self.handshakes_failed.get_or_create(&failure).clone()
     }
 
     pub(crate) fn forwarded(&self, cause: &'static str) {
@@ -264,6 +282,14 @@ impl Metrics {
         self.streams_ended.get_or_create(&Cause { cause }).inc();
         self.bytes.get_or_create(&Direction { direction: "to_target" }).inc_by(relayed.forward);
         self.bytes.get_or_create(&Direction { direction: "from_target" }).inc_by(relayed.backward);
+    }
+}
+
+fn label(domain: Domain) -> &'static str {
+    match domain {
+        Domain::Edge => "edge",
+        Domain::ControlPlane => "control_plane",
+        Domain::Peer => "peer",
     }
 }
 

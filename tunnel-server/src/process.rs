@@ -18,7 +18,7 @@ use tunnel_core::{
     tls::{ClientTls, Domain, Files, ServerTls, TlsError},
 };
 use tunnel_edge::daemon::{
-    admin,
+    accept, admin, descriptors,
     log::{self, LogError},
     signal::Signals,
 };
@@ -34,6 +34,8 @@ use crate::{
 
 /// How long blocking work may take to end when nobody waits for it any more: a credential plugin may hang for ever.
 const LAST_WORK: Duration = Duration::from_secs(1);
+/// Of how many descriptors one is for a connection that has not shown yet who it is, if there are not enough.
+const LEAST_FOR_STRANGERS: usize = 4;
 
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
@@ -230,6 +232,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         header_timeout: ingress.header_timeout,
         max_header_size: ingress.max_header_size,
         max_ingress_connections: ingress.max_connections,
+        max_waiting: max_waiting(config),
         max_streams: ingress.max_streams,
         max_streams_per_connection: ingress.max_streams_per_connection,
         allowed_clients,
@@ -238,6 +241,17 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         timeouts: Timeouts::of(WHOSE),
         request_seed,
     }
+}
+
+/// How many connections may wait at each door to show who they are, so that there are descriptors for all others. Says what
+/// is wrong with the limit, if it is too low for these.
+fn max_waiting(config: &Config) -> usize {
+    let (limit, needs) = (descriptors::raise(), config.descriptors());
+    if let Some(shortage) = descriptors::shortage(limit, &needs) {
+        warn!("{shortage}");
+    }
+    let left = descriptors::left(limit, &needs).max(limit / LEAST_FOR_STRANGERS);
+    left / config.guarded_doors()
 }
 
 /// A gateway that is one of several.
@@ -283,7 +297,7 @@ fn load_peers(files: &Files) -> Result<(ServerTls, ClientTls), StartError> {
 
 async fn listen(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
     let bound = async {
-        let listener = TcpListener::bind(address).await?;
+        let listener = accept::listen(address)?;
         let bound = listener.local_addr()?;
         Ok((listener, bound))
     };

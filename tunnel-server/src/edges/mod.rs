@@ -15,7 +15,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{Instant, MissedTickBehavior, interval_at, sleep},
 };
 use tokio_rustls::server::TlsStream;
@@ -36,7 +36,7 @@ use crate::{
     SOFTWARE,
     directory::Generation,
     grants::{Grants, SharedGrants},
-    listener::{PeerAddr, TURNS, handshake, in_turn},
+    listener::{Guest, PeerAddr, handshake},
     metrics::Metrics,
 };
 
@@ -85,8 +85,6 @@ pub(crate) struct EdgeDoor {
     stopping: CancellationToken,
     /// Names each link in the logs of both sides.
     sessions: AtomicU64,
-    /// For connections that are not links yet.
-    turns: Semaphore,
 }
 
 /// An edge that has said hello, who it is by its certificate, and until when.
@@ -144,26 +142,14 @@ impl EdgeDoor {
             ..settings.link
         };
         let settings = EdgeSettings { link, ..settings };
-        let (sessions, turns) = (AtomicU64::new(1), Semaphore::new(TURNS));
-        Arc::new(Self {
-            tls,
-            settings,
-            registry,
-            grants,
-            gateways,
-            metrics,
-            draining,
-            stopping,
-            sessions,
-            turns,
-        })
+        let sessions = AtomicU64::new(1);
+        Arc::new(Self { tls, settings, registry, grants, gateways, metrics, draining, stopping, sessions })
     }
 
     /// Serves one connection until its link ends.
-    pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
-        let Some((pending, identity, expiry)) = in_turn(&self.turns, self.introduce(conn, peer)).await else {
-            return;
-        };
+    pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr, mut guest: Guest) {
+        let introduced = Box::pin(self.introduce(conn, peer, &mut guest)).await;
+        let Some((pending, identity, expiry)) = introduced else { return };
         match self.admit(identity, pending.hello()) {
             Ok(admitted) => self.hold(pending, admitted, expiry, peer).await,
             // Boxed: an edge that is not rejected needs no room for it.
@@ -172,9 +158,14 @@ impl EdgeDoor {
     }
 
     /// From a connection to an edge's hello. What goes wrong is told, logged and counted.
-    async fn introduce<C: Leg + 'static>(&self, conn: C, peer: PeerAddr) -> Option<Introduced> {
-        let deadline = self.settings.handshake_timeout;
-        let conn = handshake(&self.tls, Domain::Edge, conn, peer, deadline, &self.metrics).await?;
+    async fn introduce<C: Leg + 'static>(
+        &self,
+        conn: C,
+        peer: PeerAddr,
+        guest: &mut Guest,
+    ) -> Option<Introduced> {
+        let limit = self.settings.handshake_timeout;
+        let conn = handshake(&self.tls, Domain::Edge, conn, peer, guest, limit, &self.metrics).await?;
         let (identity, expiry) = (identity(&conn), expiry(&conn));
         match Link::accept(conn, self.settings.link.clone()).await {
             Ok(pending) => Some((pending, identity, expiry)),

@@ -36,7 +36,7 @@ use tunnel_core::{
 pub(crate) use self::http2::STREAM_WINDOW as HTTP2_WINDOW;
 use self::reply::{Refusal, Reply};
 use crate::{
-    listener::{PeerAddr, handshake},
+    listener::{Guest, PeerAddr, handshake},
     metrics::{Counted, Metrics},
     route::{Request, Routed, Router},
 };
@@ -144,11 +144,12 @@ impl Ingress {
         tls: ServerTls,
         conn: C,
         peer: PeerAddr,
+        mut guest: Guest,
     ) {
-        let _counted = Counted::new(&self.metrics.ingress_connections);
-        let deadline = self.settings.handshake_timeout;
-        let shaking = handshake(&tls, Domain::ControlPlane, conn, peer, deadline, &self.metrics);
+        let limit = self.settings.handshake_timeout;
+        let shaking = handshake(&tls, Domain::ControlPlane, conn, peer, &mut guest, limit, &self.metrics);
         let Some(conn) = shaking.await else { return };
+        let _counted = Counted::new(&self.metrics.ingress_connections);
         let connection = conn.get_ref().1;
         let certificate = connection.peer_certificates().and_then(<[_]>::first);
         let names = certificate.map(|der| names_in_certificate(der)).unwrap_or_default();

@@ -39,7 +39,7 @@ use crate::{
         registry::Registry,
     },
     ingress::Caller,
-    listener::{PeerAddr, handshake, report_panic},
+    listener::{Guest, PeerAddr, handshake, report_panic},
     metrics::{Counted, Metrics},
     route::{Request, RouteError, Routed, Router},
 };
@@ -90,8 +90,9 @@ struct Admitted {
 
 impl PeerDoor {
     /// Serves one connection until its link ends.
-    pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr) {
-        let shaking = handshake(&self.tls, Domain::Peer, conn, peer, self.handshake_timeout, &self.metrics);
+    pub(crate) async fn serve<C: Leg + 'static>(self: Arc<Self>, conn: C, peer: PeerAddr, mut guest: Guest) {
+        let limit = self.handshake_timeout;
+        let shaking = handshake(&self.tls, Domain::Peer, conn, peer, &mut guest, limit, &self.metrics);
         let Some(conn) = shaking.await else { return };
         let pending = match Link::accept(conn, self.link.clone()).await {
             Ok(pending) => pending,

@@ -5,6 +5,7 @@
 mod cluster;
 mod process;
 mod rig;
+mod strangers;
 
 use std::time::Duration;
 

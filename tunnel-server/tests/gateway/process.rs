@@ -50,6 +50,47 @@ async fn a_credential_plugin_that_hangs_does_not_keep_the_process() {
     assert!(ended.is_ok_and(|status| status.unwrap().success()), "still there after {:?}", told.elapsed());
 }
 
+/// A gateway that needs nothing but its own files, and answers probes.
+fn prepare(folder: &Path) {
+    let made = Command::new(env!("CARGO_BIN_EXE_tunnel-server"))
+        .current_dir(folder)
+        .args(["pki", "init", "pki"])
+        .stdout(Stdio::null())
+        .status();
+    assert!(made.unwrap().success());
+    let config = "gateway_id: gw-1\n\
+         edges: {listen: '127.0.0.1:0', cert: pki/edge/gateway.crt, key: pki/edge/gateway.key, \
+         client_ca: pki/edge/ca.crt, max_links: 1000}\n\
+         ingress: {listen: none, unix: door.sock}\n\
+         admin: {listen: '127.0.0.1:0'}\n";
+    fs::write(folder.join("gateway.yaml"), config).unwrap();
+}
+
+#[tokio::test]
+async fn the_limit_of_open_files_is_raised_and_its_shortage_is_named() {
+    for (limits, raised, short) in [("-Sn 100; ulimit -Hn 9000", "9000", false), ("-n 600", "600", true)] {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(folder.path());
+        let program = env!("CARGO_BIN_EXE_tunnel-server");
+        let mut gateway = tokio::process::Command::new("sh");
+        gateway.current_dir(folder.path()).kill_on_drop(true);
+        gateway.args(["-c", &format!("ulimit {limits}; exec {program} run -c gateway.yaml 2> log")]);
+        let gateway = gateway.spawn().unwrap();
+        until_there(&folder.path().join("door.sock")).await;
+        let all = fs::read_to_string(format!("/proc/{}/limits", gateway.id().unwrap())).unwrap();
+        let files = all.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        assert_eq!(files.split_whitespace().nth(3).unwrap(), raised);
+        let log = fs::read_to_string(folder.path().join("log")).unwrap();
+        let words = "(RLIMIT_NOFILE) is 600, but the settings allow for 5539: raise it to that";
+        assert_eq!(log.contains(words), short, "{log}");
+        assert_eq!(
+            log.contains("1314 for edges.max_links, 4096 for ingress.max_connections"),
+            short,
+            "{log}"
+        );
+    }
+}
+
 async fn until_there(path: &Path) {
     let looking = async {
         while !path.exists() {

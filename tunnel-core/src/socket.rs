@@ -303,9 +303,11 @@ async fn unix_closes(stream: UnixStream) -> Lost {
         if ready.is_write_closed() {
             return Lost::Left;
         }
-        // Only this descriptor forgets that there is room to write.
-        let forget = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
-        let _ = stream.try_io(Interest::WRITABLE | Interest::ERROR, forget);
+        // Only for this descriptor it is forgotten that there is room to write. One interest at a time: of several in
+        // one call, tokio forgets none.
+        for told in [Interest::WRITABLE, Interest::ERROR] {
+            let _ = stream.try_io(told, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        }
     }
 }
 

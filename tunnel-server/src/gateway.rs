@@ -21,6 +21,7 @@ use tunnel_core::{
     GatewayId, InstanceId, LinkConfig, Target, Timeouts,
     tls::{ClientTls, Domain, ServerTls, TlsError},
 };
+use tunnel_edge::network::{Network, SystemNetwork};
 
 use crate::{
     cluster::{Access, ClusterWatch},
@@ -374,8 +375,13 @@ impl Gateway {
         self.credentials.push(Credentials::Server(tls));
     }
 
-    /// Opens a door for peers, and dials them. Only for a gateway that is one of several.
+    /// Opens a door for peers, and dials them over the network of this machine. Only for a gateway that is one of several.
     pub fn serve_peers(&mut self, door: impl Accept, tls: (ServerTls, ClientTls)) {
+        self.serve_peers_on(SystemNetwork, door, tls);
+    }
+
+    /// As [`Self::serve_peers`], over this network.
+    pub fn serve_peers_on(&mut self, network: impl Network, door: impl Accept, tls: (ServerTls, ClientTls)) {
         let Some(peering) = &self.peering else { return };
         self.peers_awaited = Some(Instant::now() + PEERS_AWAITED);
         let (server_tls, client_tls) = tls;
@@ -422,7 +428,8 @@ impl Gateway {
         };
         self.peer_tasks.push(found);
         let seed = u64::from(self.settings.request_seed);
-        let meshing = peering.mesh.clone().run(members, client_tls.clone(), seed, stages.closing.clone());
+        let meshing =
+            peering.mesh.clone().run(network, members, client_tls.clone(), seed, stages.closing.clone());
         self.peer_tasks.push(Box::pin(meshing));
         self.credentials.push(Credentials::Server(server_tls));
         self.credentials.push(Credentials::Client(client_tls));

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -14,7 +13,6 @@ use std::{
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
-    net::TcpStream,
     sync::watch,
     task::JoinSet,
     time::{Instant, timeout},
@@ -22,14 +20,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use tunnel_core::{
-    ConnectError, GatewayId, Host, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, ReadAhead,
-    Socket, Target,
+    ConnectError, GatewayId, InstanceId, Link, LinkConfig, LinkError, LinkEvent, LinkHandle, ReadAhead,
+    Target,
     proto::{
         ALPN_PEER, VERSIONS,
         messages::{Capability, Gateway, Hello, Holdings, RejectCode},
     },
     tls::{self, ClientTls},
 };
+use tunnel_edge::network::{DialError, Network};
 
 use super::Member;
 use crate::{
@@ -111,7 +110,7 @@ enum Standing {
 #[derive(Debug, thiserror::Error)]
 enum PeerError {
     #[error("cannot connect: {0}")]
-    Dial(io::Error),
+    Dial(#[from] DialError),
     #[error("TLS failed: {0}")]
     Tls(String),
     #[error(
@@ -227,11 +226,13 @@ impl Mesh {
     /// Dropping the future drops every link.
     pub(crate) async fn run(
         self: Arc<Self>,
+        network: impl Network,
         mut members: watch::Receiver<Vec<Member>>,
         tls: ClientTls,
         seed: u64,
         stop: CancellationToken,
     ) {
+        let network = Arc::new(network);
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut keepers = JoinSet::new();
         // Those that have a keeper, and whether they are listed now.
@@ -254,6 +255,7 @@ impl Mesh {
                 let (sender, is_listed) = watch::channel(true);
                 let keeper = Keeper {
                     mesh: self.clone(),
+                    network: network.clone(),
                     member: member.clone(),
                     tls: tls.clone(),
                     rng: SmallRng::seed_from_u64(rng.random()),
@@ -367,8 +369,9 @@ impl Drop for Visit {
 }
 
 /// Keeps the link to one member.
-struct Keeper {
+struct Keeper<N> {
     mesh: Arc<Mesh>,
+    network: Arc<N>,
     member: Member,
     tls: ClientTls,
     rng: SmallRng,
@@ -378,7 +381,7 @@ struct Keeper {
     complaint: Option<(String, Instant)>,
 }
 
-impl Drop for Keeper {
+impl<N> Drop for Keeper<N> {
     fn drop(&mut self) {
         if let Some(members) = &mut *self.mesh.members.lock() {
             members.remove(&self.member.address.to_string());
@@ -386,7 +389,7 @@ impl Drop for Keeper {
     }
 }
 
-impl Keeper {
+impl<N: Network> Keeper<N> {
     /// Keeps the link while the member is listed, and longer if it holds. Cancel-safe: links end with it.
     async fn run(mut self) {
         let stop = self.stop.clone();
@@ -480,7 +483,7 @@ impl Keeper {
 
     async fn attempt(&self) -> Result<(Link, GatewayId, u64), PeerError> {
         let Member { address, server_name } = &self.member;
-        let connection = dial(address).await.map_err(PeerError::Dial)?;
+        let connection = self.network.connect(&address.host, address.port).await?;
         let mut connection = self
             .tls
             .connector()
@@ -565,14 +568,6 @@ impl Keeper {
     }
 }
 
-async fn dial(address: &Target) -> io::Result<Socket> {
-    let stream = match &address.host {
-        Host::Ip(ip) => TcpStream::connect((*ip, address.port)).await?,
-        Host::Name(name) => TcpStream::connect((name.as_str(), address.port)).await?,
-    };
-    Ok(Socket::new(stream))
-}
-
 impl Mesh {
     fn hello(&self) -> Hello {
         let wants = self.directory.wants_holdings().then_some(Capability::Holdings.into());
@@ -603,6 +598,7 @@ mod tests {
         proto::messages::{Holding, Welcome},
         tls::{Domain, Files, ServerTls},
     };
+    use tunnel_edge::network::SystemNetwork;
 
     use super::*;
     use crate::{
@@ -683,7 +679,8 @@ mod tests {
         };
         let mesh = Mesh::new(own, Arc::new(Peers::default()), LinkConfig::default(), PATIENCE, metrics());
         let (sender, members) = watch::channel(Vec::new());
-        let task: JoinHandle<()> = tokio::spawn(mesh.clone().run(members, tls, 1, CancellationToken::new()));
+        let task: JoinHandle<()> =
+            tokio::spawn(mesh.clone().run(SystemNetwork, members, tls, 1, CancellationToken::new()));
         (mesh, sender, AbortOnDropHandle::new(task))
     }
 

@@ -6,9 +6,9 @@
 #![allow(clippy::large_futures, reason = "a test has few of them")]
 
 pub mod connect;
+pub mod http2;
 mod meter;
 pub mod parties;
 pub mod plan;
 pub mod simulation;
-mod socket;
 pub mod workload;

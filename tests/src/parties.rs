@@ -14,8 +14,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{
-    Host, LinkConfig, NodeId, Target,
-    tls::{ClientTls, Domain, Files, ServerTls},
+    Host, NodeId, Target,
+    tls::{ClientTls, Domain, Files},
 };
 use tunnel_edge::{
     Agent,
@@ -24,7 +24,7 @@ use tunnel_edge::{
     network::Network,
 };
 use tunnel_server::{
-    Accept, Gateway, GatewaySettings, Grants, Identifier,
+    Gateway, GatewaySettings, Grants, Identifier, Member, PeerSettings,
     pki::{
         AltName, Profile, Validity,
         files::{Init, init, issue},
@@ -37,6 +37,10 @@ use crate::plan::NODES;
 pub const EDGE_PORT: u16 = 8443;
 /// Where gateways take the control plane.
 pub const INGRESS_PORT: u16 = 8131;
+/// Where gateways take one another.
+pub const PEER_PORT: u16 = 8134;
+/// Where a simulated gateway takes it as on a Unix socket.
+pub const UNIX_PORT: u16 = 8132;
 /// The kubelet's port on every node.
 pub const KUBELET_PORT: u16 = 10250;
 /// A name that every gateway's certificates are for.
@@ -113,11 +117,29 @@ impl GatewayProbe {
 
     /// The sum of a metric over all its labels that contain `labels`; 0 if there is none.
     pub fn sum(&self, name: &str, labels: &str) -> f64 {
-        let text = self.metrics();
-        let values = text.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])) && line.contains(labels)
-        });
-        values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+        sum(&self.metrics(), name, labels)
+    }
+
+    fn begin_life(&self, build: impl FnOnce(&mut Registry) -> Gateway) -> Gateway {
+        let mut registry = Registry::default();
+        let gateway = build(&mut registry);
+        *self.0.lock().unwrap() = registry;
+        gateway
+    }
+
+    /// Links to other gateways that are up.
+    pub fn peer_links(&self) -> usize {
+        self.sum("tunnel_server_peer_links", "") as usize
+    }
+
+    /// Streams of other gateways that are being relayed.
+    pub fn forwarded_streams(&self) -> usize {
+        self.sum("tunnel_server_forwarded_active", "") as usize
+    }
+
+    /// Connections of the control plane.
+    pub fn ingress_connections(&self) -> usize {
+        self.sum("tunnel_server_ingress_connections", "") as usize
     }
 
     /// Streams that are being relayed.
@@ -131,6 +153,47 @@ impl GatewayProbe {
     }
 }
 
+fn sum(metrics: &str, name: &str, labels: &str) -> f64 {
+    let values = metrics.lines().filter(|line| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])) && line.contains(labels)
+    });
+    values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+}
+
+/// Looks into an edge, over all its lives: it may be stopped or killed and started again.
+#[derive(Clone, Default)]
+pub struct EdgeProbe(Arc<Mutex<Vec<Registry>>>);
+
+impl EdgeProbe {
+    /// The sum of a metric over all its labels that contain `labels`, and over all lives.
+    pub fn sum(&self, name: &str, labels: &str) -> f64 {
+        let lives = self.0.lock().unwrap();
+        let life = |registry| {
+            let mut text = String::new();
+            encode(&mut text, registry).unwrap();
+            sum(&text, name, labels)
+        };
+        lives.iter().map(life).sum()
+    }
+
+    /// Streams that are being relayed.
+    pub fn active_streams(&self) -> usize {
+        self.sum("tunnel_edge_streams_active", "") as usize
+    }
+
+    /// Streams that have ended cleanly, as the edge says.
+    pub fn ended_cleanly(&self) -> usize {
+        self.sum("tunnel_edge_streams_ended_total", "\"clean\"") as usize
+    }
+
+    fn begin_life(&self) -> Metrics {
+        let mut registry = Registry::default();
+        let metrics = Metrics::new(&mut registry);
+        self.0.lock().unwrap().push(registry);
+        metrics
+    }
+}
+
 /// What a gateway of a test runs with. Both nodes are known to it and hold the same address.
 pub fn settings(heartbeat: Duration, seed: u64) -> GatewaySettings {
     let grants = NODES.map(|node| {
@@ -139,8 +202,6 @@ pub fn settings(heartbeat: Duration, seed: u64) -> GatewaySettings {
     });
     GatewaySettings {
         heartbeat,
-        // No growing windows: the multiplexer would measure them by real time.
-        link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
         grants: Grants::from_iter(grants),
         handshake_timeout: Duration::from_secs(5),
         drain_timeout: Duration::from_secs(5),
@@ -156,32 +217,22 @@ pub fn gateway(heartbeat: Duration, seed: u64, probe: &GatewayProbe) -> Gateway 
 
 /// As [`gateway`], with other settings.
 pub fn gateway_with(settings: GatewaySettings, probe: &GatewayProbe) -> Gateway {
-    let mut registry = Registry::default();
-    let gateway = Gateway::new(settings, &mut registry);
-    *probe.0.lock().unwrap() = registry;
-    gateway
+    probe.begin_life(|registry| Gateway::new(settings, registry))
 }
 
-/// Runs a gateway behind these doors until `shutdown`.
-pub async fn run_gateway(
-    edges: impl Accept,
-    ingress: impl Accept,
-    heartbeat: Duration,
-    seed: u64,
+/// One of several gateways, without doors.
+pub fn gateway_among(
+    settings: GatewaySettings,
+    peers: PeerSettings,
+    members: Vec<Member>,
     probe: &GatewayProbe,
-    shutdown: CancellationToken,
-) {
-    let mut gateway = gateway(heartbeat, seed, probe);
-    gateway.serve_edges(edges, ServerTls::load(Domain::Edge, files(Domain::Edge, "gateway")).unwrap());
-    let tls = ServerTls::load(Domain::ControlPlane, files(Domain::ControlPlane, "gateway")).unwrap();
-    gateway.serve_ingress(ingress, tls);
-    gateway.run(shutdown).await;
+) -> Gateway {
+    probe.begin_life(|registry| Gateway::among_peers(settings, peers, members, registry))
 }
 
 /// What an edge of a test runs with: it redials soon, since tests have no hours.
 pub fn edge_config(node: &str, gateway: Target) -> Config {
     Config {
-        link: LinkConfig { window_budget: 0, ..LinkConfig::default() },
         backoff: Backoff {
             min: Duration::from_millis(200),
             outage_max: Duration::from_secs(3),
@@ -196,9 +247,19 @@ pub fn edge_config(node: &str, gateway: Target) -> Config {
 
 /// Runs an edge until `shutdown`.
 pub async fn run_edge(config: Config, network: impl Network, seed: u64, shutdown: CancellationToken) {
+    run_edge_with(config, network, seed, &EdgeProbe::default(), shutdown).await;
+}
+
+/// Runs an edge that `probe` can look into until `shutdown`.
+pub async fn run_edge_with(
+    config: Config,
+    network: impl Network,
+    seed: u64,
+    probe: &EdgeProbe,
+    shutdown: CancellationToken,
+) {
     let tls = ClientTls::load(Domain::Edge, config.tls.clone()).unwrap();
-    let metrics = Metrics::new(&mut Registry::default());
-    Agent::new(config, tls, network, seed, metrics).run(shutdown).await;
+    Agent::new(config, tls, network, seed, probe.begin_life()).run(shutdown).await;
 }
 
 /// TLS as the control plane's client, to a gateway's ingress, for HTTP/1.1.
@@ -206,9 +267,17 @@ pub async fn control_plane_tls<C>(connection: C) -> std::io::Result<TlsStream<C>
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
+    control_plane_tls_for(b"http/1.1", connection).await
+}
+
+/// As above, for this application protocol.
+pub async fn control_plane_tls_for<C>(protocol: &[u8], connection: C) -> std::io::Result<TlsStream<C>>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
     static TLS: LazyLock<ClientTls> = LazyLock::new(|| {
         ClientTls::load(Domain::ControlPlane, files(Domain::ControlPlane, "client")).unwrap()
     });
     let name = ServerName::try_from(GATEWAY).unwrap();
-    TLS.connector_offering(&[b"http/1.1"]).connect(name, connection).await
+    TLS.connector_offering(&[protocol]).connect(name, connection).await
 }

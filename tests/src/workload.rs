@@ -2,19 +2,27 @@
 //! requests of a control plane that know what must come back. Used by the simulation and over real sockets alike.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
+    ops::Range,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    time::sleep,
+};
 use tunnel_core::{Aborted, Leg, proto::messages::AbortCode};
 
 const PIECE: usize = 16 * 1024;
 /// How long a target that reads nothing stays so. Nobody behind a full window can see that a sender has gone, neither
 /// here nor on a direct TCP connection.
 const STUCK: Duration = Duration::from_secs(15);
+/// How long a side that will go on says nothing.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Longer than any test: a target that hangs does so until its program is killed.
+const HUNG: Duration = Duration::from_secs(24 * 3600);
 
 /// What a request asks of the target, in one line: `ID KIND BYTES`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,16 +37,33 @@ pub enum Kind {
     Cut,
     /// The target reads nothing for a while, then resets.
     Stuck,
+    /// As an echo, but the client is silent for a while in its midst.
+    Idle,
+    /// As a download, but the target is silent for a while before it begins: all that time one half is closed.
+    Late,
+    /// The client says all that it has to say; the target hangs, and has read none of it.
+    Deaf,
+    /// As above, but the target has read all of it.
+    Mute,
 }
 
 impl Kind {
-    const ALL: [(Self, &'static str); 5] = [
+    const ALL: [(Self, &'static str); 9] = [
         (Self::Download, "download"),
         (Self::Upload, "upload"),
         (Self::Echo, "echo"),
         (Self::Cut, "cut"),
         (Self::Stuck, "stuck"),
+        (Self::Idle, "idle"),
+        (Self::Late, "late"),
+        (Self::Deaf, "deaf"),
+        (Self::Mute, "mute"),
     ];
+
+    /// Whether it never ends by itself, or only after long.
+    pub fn is_endless(self) -> bool {
+        matches!(self, Self::Stuck | Self::Deaf | Self::Mute)
+    }
 
     fn name(self) -> &'static str {
         Self::ALL.iter().find(|(kind, _)| *kind == self).map_or("", |(_, name)| name)
@@ -70,12 +95,29 @@ pub struct Ledger(Arc<Mutex<Entries>>);
 struct Entries {
     /// Bytes that a client has sent whole and ended cleanly, by stream.
     ended: BTreeMap<u64, u64>,
+    /// Streams of clients to which, and from which, a reset looks like an end of file.
+    without_resets: BTreeSet<u64>,
     broken: Vec<String>,
 }
 
 impl Ledger {
     fn client_ends(&self, id: u64, bytes: u64) {
         self.0.lock().unwrap().ended.insert(id, bytes);
+    }
+
+    /// The client of this stream has a connection without resets: it cannot tell an end of file from a failure, and
+    /// neither can its target, should it go away.
+    pub fn without_resets(&self, id: u64) {
+        self.0.lock().unwrap().without_resets.insert(id);
+    }
+
+    /// A stream ended cleanly where it must not: a broken promise, or, without resets, a failure like any other.
+    fn false_end(&self, id: u64, what: String) -> io::Result<()> {
+        if self.0.lock().unwrap().without_resets.contains(&id) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, what));
+        }
+        self.broken(what);
+        Ok(())
     }
 
     /// A promise was broken.
@@ -88,15 +130,17 @@ impl Ledger {
         self.0.lock().unwrap().broken.clone()
     }
 
-    fn check_upload(&self, id: u64, received: u64, different: Option<u64>) {
+    fn check_upload(&self, id: u64, received: u64, different: Option<u64>) -> io::Result<()> {
         let ended = self.0.lock().unwrap().ended.get(&id).copied();
         if let Some(at) = different {
             self.broken(format!("stream {id}: byte {at} arrived changed at the target"));
         } else if ended != Some(received) {
-            self.broken(format!(
-                "stream {id}: the target saw a clean end after {received} bytes; the client ended after {ended:?}"
-            ));
+            let what = format!(
+                "the target saw a clean end after {received} bytes; the client ended after {ended:?}"
+            );
+            return self.false_end(id, format!("stream {id}: {what}"));
         }
+        Ok(())
     }
 }
 
@@ -113,18 +157,21 @@ pub async fn serve(mut socket: impl Leg, node: &str, ledger: &Ledger) -> io::Res
     let bytes: u64 = words.next().and_then(|word| word.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
     socket.write_all(format!("{node}\n").as_bytes()).await?;
     match kind.map(|(kind, _)| *kind) {
-        Some(Kind::Download) => {
-            send(&mut socket, id, bytes).await?;
+        Some(kind @ (Kind::Download | Kind::Late)) => {
+            if kind == Kind::Late {
+                sleep(SILENCE).await;
+            }
+            send(&mut socket, id, 0..bytes).await?;
             socket.shutdown().await?;
             discard(&mut socket).await?;
         }
         Some(Kind::Upload) => {
             let (received, different) = receive(&mut socket, id).await?;
-            ledger.check_upload(id, received, different);
+            ledger.check_upload(id, received, different)?;
             socket.write_all(b"whole").await?;
             socket.shutdown().await?;
         }
-        Some(Kind::Echo) => {
+        Some(Kind::Echo | Kind::Idle) => {
             let mut piece = vec![0; PIECE];
             loop {
                 let read = socket.read(&mut piece).await?;
@@ -137,14 +184,19 @@ pub async fn serve(mut socket: impl Leg, node: &str, ledger: &Ledger) -> io::Res
             socket.shutdown().await?;
         }
         Some(Kind::Cut) => {
-            send(&mut socket, id, bytes).await?;
+            send(&mut socket, id, 0..bytes).await?;
             socket.get_mut().abort(&Aborted::new(AbortCode::Reset, "cut"));
             return Ok(());
         }
         Some(Kind::Stuck) => {
-            tokio::time::sleep(STUCK).await;
+            sleep(STUCK).await;
             socket.get_mut().abort(&Aborted::new(AbortCode::Timeout, "stuck for long enough"));
             return Ok(());
+        }
+        Some(Kind::Deaf) => sleep(HUNG).await,
+        Some(Kind::Mute) => {
+            receive(&mut socket, id).await?;
+            sleep(HUNG).await;
         }
         None => return Err(io::ErrorKind::InvalidData.into()),
     }
@@ -152,12 +204,12 @@ pub async fn serve(mut socket: impl Leg, node: &str, ledger: &Ledger) -> io::Res
     Ok(())
 }
 
-/// Sends the first `bytes` of stream `id`.
-pub async fn send(writer: &mut (impl AsyncWrite + Unpin), id: u64, bytes: u64) -> io::Result<()> {
+/// Sends these bytes of stream `id`.
+pub async fn send(writer: &mut (impl AsyncWrite + Unpin), id: u64, bytes: Range<u64>) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
-    let mut sent = 0;
-    while sent < bytes {
-        let length = usize::try_from(bytes - sent).map_or(PIECE, |left| left.min(PIECE));
+    let mut sent = bytes.start;
+    while sent < bytes.end {
+        let length = usize::try_from(bytes.end - sent).map_or(PIECE, |left| left.min(PIECE));
         fill(id, sent, &mut piece[..length]);
         writer.write_all(&piece[..length]).await?;
         sent += length as u64;
@@ -227,54 +279,69 @@ impl Request {
         writer.flush().await?;
         let mut node = String::new();
         (&mut reader).take(300).read_line(&mut node).await?;
+        if !node.ends_with('\n') {
+            return ledger.false_end(self.id, format!("stream {}: a clean end after {node:?}", self.id));
+        }
         if node.trim_end() != self.node {
-            // A clean end where a line was due is a truncation; another name is worse.
             ledger.broken(format!("stream {}: asked for {}, answered by {node:?}", self.id, self.node));
             return Ok(());
         }
         match self.kind {
-            Kind::Download => {
+            Kind::Download | Kind::Late => {
                 writer.shutdown().await?;
-                self.judge(ledger, receive(&mut reader, self.id).await?, self.bytes);
+                self.judge(ledger, receive(&mut reader, self.id).await?)?;
             }
             Kind::Cut => {
                 let (received, _) = receive(&mut reader, self.id).await?;
-                ledger.broken(format!(
-                    "stream {}: was reset, but ended cleanly after {received} bytes",
-                    self.id
-                ));
+                let what = format!("was reset, but ended cleanly after {received} bytes");
+                ledger.false_end(self.id, format!("stream {}: {what}", self.id))?;
             }
             Kind::Upload => {
-                send(&mut writer, self.id, self.bytes).await?;
+                send(&mut writer, self.id, 0..self.bytes).await?;
                 ledger.client_ends(self.id, self.bytes);
                 writer.shutdown().await?;
                 let mut answer = String::new();
                 reader.read_to_string(&mut answer).await?;
                 if answer != "whole" {
-                    ledger.broken(format!("stream {}: {answer:?} instead of a whole answer", self.id));
+                    let what = format!("stream {}: {answer:?} instead of a whole answer", self.id);
+                    ledger.false_end(self.id, what)?;
                 }
             }
-            Kind::Echo => {
+            Kind::Echo | Kind::Idle => {
                 let sending = async {
-                    send(&mut writer, self.id, self.bytes).await?;
+                    let first = if self.kind == Kind::Idle { self.bytes / 2 } else { self.bytes };
+                    send(&mut writer, self.id, 0..first).await?;
+                    if self.kind == Kind::Idle {
+                        sleep(SILENCE).await;
+                        send(&mut writer, self.id, first..self.bytes).await?;
+                    }
                     writer.shutdown().await
                 };
                 let (sent, received) = tokio::join!(sending, receive(&mut reader, self.id));
-                self.judge(ledger, received?, self.bytes);
+                self.judge(ledger, received?)?;
                 sent?;
             }
             Kind::Stuck => {
-                send(&mut writer, self.id, self.bytes).await?;
+                send(&mut writer, self.id, 0..self.bytes).await?;
+            }
+            Kind::Deaf | Kind::Mute => {
+                send(&mut writer, self.id, 0..self.bytes).await?;
+                writer.shutdown().await?;
+                let (received, _) = receive(&mut reader, self.id).await?;
+                let what = format!("the target hangs, but there was a clean end after {received} bytes");
+                ledger.false_end(self.id, format!("stream {}: {what}", self.id))?;
             }
         }
         Ok(())
     }
 
-    fn judge(&self, ledger: &Ledger, (received, different): (u64, Option<u64>), expected: u64) {
+    fn judge(&self, ledger: &Ledger, (received, different): (u64, Option<u64>)) -> io::Result<()> {
         if let Some(at) = different {
             ledger.broken(format!("stream {}: byte {at} came back changed", self.id));
-        } else if received != expected {
-            ledger.broken(format!("stream {}: a clean end after {received} of {expected} bytes", self.id));
+        } else if received != self.bytes {
+            let what = format!("stream {}: a clean end after {received} of {} bytes", self.id, self.bytes);
+            return ledger.false_end(self.id, what);
         }
+        Ok(())
     }
 }

@@ -15,7 +15,7 @@ use std::{
 use tunnel_tests::simulation::{self, Report};
 
 /// What CI runs. More by hand: see CONTRIBUTING.md.
-const DEFAULT: std::ops::Range<u64> = 0..200;
+const DEFAULT: std::ops::Range<u64> = 0..120;
 
 fn seeds() -> std::ops::Range<u64> {
     let Ok(text) = env::var("SEEDS") else { return DEFAULT };

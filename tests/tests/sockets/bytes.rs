@@ -125,7 +125,7 @@ async fn a_thousand_streams_at_once_on_one_link_carry_each_its_own_bytes() {
             all_open.wait().await;
             let (mut reader, mut writer) = tokio::io::split(client);
             let sending = async {
-                workload::send(&mut writer, id, BYTES).await?;
+                workload::send(&mut writer, id, 0..BYTES).await?;
                 writer.shutdown().await
             };
             let (sent, received) = tokio::join!(sending, workload::receive(&mut reader, id));
@@ -318,7 +318,7 @@ async fn many_early_bytes_wait_for_a_target_that_is_slow_to_dial() {
     client.write_all(format!("CONNECT {} HTTP/1.1\r\n\r\n", rig.target("edge-a")).as_bytes()).await.unwrap();
     let (mut reader, mut writer) = tokio::io::split(client);
     let sending = tokio::spawn(async move {
-        workload::send(&mut writer, 8, EARLY).await?;
+        workload::send(&mut writer, 8, 0..EARLY).await?;
         writer.shutdown().await?;
         io::Result::Ok(writer)
     });

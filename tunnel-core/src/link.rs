@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::control_stream::{ControlChannel, ControlTask, give_up};
 use crate::{
-    mux::{Carrier, Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, OpenFailed},
+    mux::{Carrier, Inbound, LastHeard, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, OpenFailed},
     proto::{
         Side, clean_text,
         control::{Control, ControlError, Event, Rtt},
@@ -49,6 +49,11 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// The far side of a link that it has closed itself, or that it may not have, has this long to hear the last word.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// A side that can open no more streams than these wants another link. Enough for the time that it takes to make one.
+const STREAMS_IN_RESERVE: u32 = 1 << 20;
+/// How long the streams of a link may run on whose numbers are used up, if the far side does not do better.
+const USED_UP_DEADLINE: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// Limits of one link.
 #[derive(Clone, Debug)]
 pub struct LinkConfig {
@@ -67,6 +72,9 @@ pub struct LinkConfig {
     pub end_timeout: Duration,
     /// Whether the far side may open streams. If not, each is refused.
     pub accept_streams: bool,
+    /// As if this side had opened so many streams before, of the 2^31 that it can open on one link. For tests: to open so
+    /// many takes weeks.
+    pub streams_before: u32,
 }
 
 impl Default for LinkConfig {
@@ -79,6 +87,7 @@ impl Default for LinkConfig {
             window_pool: None,
             end_timeout: Duration::from_secs(10),
             accept_streams: true,
+            streams_before: 0,
         }
     }
 }
@@ -90,8 +99,8 @@ impl LinkConfig {
     }
 
     fn mux(&self) -> MuxConfig {
-        let Self { max_streams, window_budget, .. } = *self;
-        MuxConfig { max_streams, window_budget, window_pool: self.window_pool.clone() }
+        let Self { max_streams, window_budget, streams_before, .. } = *self;
+        MuxConfig { max_streams, window_budget, window_pool: self.window_pool.clone(), streams_before }
     }
 }
 
@@ -177,7 +186,7 @@ pub enum OpenError {
         /// The maximum.
         max: usize,
     },
-    /// The far side is about to leave.
+    /// The far side is about to leave, or all numbers of streams were used: another link is needed.
     #[error("the far side is draining")]
     Draining,
     /// No answer in time.
@@ -215,6 +224,8 @@ pub enum LinkEvent {
     Stream(Incoming),
     /// The far side takes no new streams.
     Draining(Drain),
+    /// Either side has used most of the numbers that streams can have: the dialer should make another link soon. Comes once.
+    WearsOut,
     /// Grants or hints have changed.
     Updated(Update),
     /// Peer links: what the far side holds. None is left out; the owner that asked for them must take them soon.
@@ -237,11 +248,22 @@ struct Shared {
     max_streams: usize,
     next_number: AtomicU64,
     peer_draining: AtomicBool,
+    wears_out: AtomicBool,
+    /// It was noticed that the link wears out.
+    worn: Notify,
     requests: Mutex<Requests>,
     requested: Notify,
     holdings_taken: Notify,
     rtt: watch::Sender<Option<Rtt>>,
     heard: Arc<LastHeard>,
+}
+
+impl Shared {
+    fn note_numbers(&self, stream: &MuxStream) {
+        if stream.numbers_left() < STREAMS_IN_RESERVE && !self.wears_out.swap(true, Relaxed) {
+            self.worn.notify_one();
+        }
+    }
 }
 
 /// What the handles want of the control task. One of each is enough.
@@ -288,10 +310,11 @@ impl LinkHandle {
                 OpenFailed::Ended => OpenError::LinkLost(self.end_reason()),
                 OpenFailed::TooMany => overloaded(),
                 OpenFailed::NoNumbers => {
-                    self.close("all numbers of streams have been used");
+                    self.used_up();
                     OpenError::Draining
                 }
             })?;
+            shared.note_numbers(&mux);
             let open = Open {
                 stream: shared.next_number.fetch_add(2, Relaxed),
                 target: request.target,
@@ -306,6 +329,13 @@ impl LinkHandle {
             opened.map(|(stream, opened)| (stream, opened.address)).map_err(|error| self.open_error(error))
         };
         tokio::time::timeout(timeout, exchange).await.unwrap_or(Err(OpenError::TimedOut(timeout)))
+    }
+
+    /// The numbers of streams are used up. Those that run go on. A dialer that has not made another link has to do so now.
+    fn used_up(&self) {
+        if !self.shared.peer_draining.swap(true, Relaxed) {
+            self.drain(USED_UP_DEADLINE, "the link has no numbers for more streams");
+        }
     }
 
     fn open_error(&self, error: OpenStreamError) -> OpenError {
@@ -384,7 +414,17 @@ impl LinkHandle {
         Arc::ptr_eq(&self.shared, &other.shared)
     }
 
-    /// Whether the far side has asked for no more streams.
+    /// Whether either side has used most of the numbers that streams can have.
+    pub fn wears_out(&self) -> bool {
+        self.shared.wears_out.load(Relaxed)
+    }
+
+    /// Waits until no stream is left. Cancel-safe.
+    pub async fn idle(&self) {
+        self.shared.streams.idle().await;
+    }
+
+    /// Whether no more streams can be opened: the far side has asked for none, or there are no numbers for them.
     pub fn peer_draining(&self) -> bool {
         self.shared.peer_draining.load(Relaxed)
     }
@@ -489,6 +529,8 @@ impl Link {
                 max_streams: config.max_streams,
                 next_number: AtomicU64::new(side.first_number().into()),
                 peer_draining: AtomicBool::new(false),
+                wears_out: AtomicBool::new(false),
+                worn: Notify::new(),
                 requests: Mutex::default(),
                 requested: Notify::new(),
                 holdings_taken: Notify::new(),
@@ -515,12 +557,14 @@ impl Link {
             let mut stream = tokio::select! {
                 biased;
                 Some(event) = self.events.recv() => return event,
+                () = self.handle.shared.worn.notified() => return LinkEvent::WearsOut,
                 Some(stream) = self.inbound.next() => stream,
                 end = &mut self.control => {
                     let panicked = |_| LinkError::Broken("the link's task was stopped".to_owned());
                     return LinkEvent::Closed(end.unwrap_or_else(panicked));
                 }
             };
+            self.handle.shared.note_numbers(&stream);
             if !self.accept_streams {
                 refuse_unread(&mut stream, RefusalCode::Unsupported, "this side takes no streams");
                 continue;

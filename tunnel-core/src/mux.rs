@@ -69,13 +69,16 @@ pub(crate) struct MuxConfig {
     pub(crate) window_budget: usize,
     /// Shared with other connections: they may grow no further than that either.
     pub(crate) window_pool: Option<Arc<WindowPool>>,
+    /// As if so many streams had been opened before.
+    pub(crate) streams_before: u32,
 }
 
 impl MuxConfig {
     fn session(self, side: Side) -> Session {
         let (each, more) = STREAM_HEADROOM;
         let max_streams = self.max_streams * each + more;
-        let session = Session::new(side, yamux::Config { max_streams, window_budget: self.window_budget });
+        let config = yamux::Config { max_streams, window_budget: self.window_budget };
+        let session = Session::new(side, config).having_opened(self.streams_before);
         match self.window_pool {
             Some(pool) => session.sharing(pool),
             None => session,
@@ -488,6 +491,11 @@ impl MuxStream {
         self.shared.with(|session| session.poll_finished(self.number, cx))
     }
 
+    /// How many more streams the side that has opened this one can open behind it.
+    pub(crate) fn numbers_left(&self) -> u32 {
+        yamux::numbers_left(self.number)
+    }
+
     /// Waits until bytes have arrived: whether some have. `false` at the end of file.
     pub(crate) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if self.segments.is_empty() {
@@ -646,7 +654,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    const CONFIG: MuxConfig = MuxConfig { max_streams: 4, window_budget: 0, window_pool: None };
+    const CONFIG: MuxConfig =
+        MuxConfig { max_streams: 4, window_budget: 0, window_pool: None, streams_before: 0 };
 
     #[tokio::test]
     async fn more_streams_than_allowed_are_reset_one_by_one() {

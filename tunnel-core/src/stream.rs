@@ -51,6 +51,8 @@ pub(crate) struct Streams {
     entries: Mutex<BTreeMap<u64, Arc<Entry>>>,
     outbox: Mutex<VecDeque<Outgoing>>,
     outbox_filled: Notify,
+    /// There are no entries, for the moment.
+    emptied: Notify,
     permits: Arc<Semaphore>,
     confirmations: Mutex<Confirmations>,
     ended: OnceLock<LinkEnd>,
@@ -112,6 +114,7 @@ impl Streams {
             entries: Mutex::default(),
             outbox: Mutex::default(),
             outbox_filled: Notify::new(),
+            emptied: Notify::new(),
             permits: Arc::new(Semaphore::new(max_streams)),
             confirmations: Mutex::default(),
             ended: OnceLock::new(),
@@ -127,6 +130,17 @@ impl Streams {
     /// Streams with an entry.
     pub(crate) fn active(&self) -> usize {
         self.entries.lock().len()
+    }
+
+    /// Waits until there are no streams. Cancel-safe.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.active() == 0 {
+                return;
+            }
+            emptied.await;
+        }
     }
 
     /// The peer's word that a direction of a stream ended. Streams that are gone already are nobody's concern.
@@ -294,7 +308,13 @@ struct Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.streams.entries.lock().remove(&self.number);
+        let mut entries = self.streams.entries.lock();
+        entries.remove(&self.number);
+        let is_last = entries.is_empty();
+        drop(entries);
+        if is_last {
+            self.streams.emptied.notify_waiters();
+        }
         if self.asked.is_some() {
             self.streams.confirmations.lock().waiting.remove(&self.number);
         }

@@ -315,6 +315,57 @@ async fn a_drain_reaches_the_other_side_and_stops_new_streams_only() {
     assert_eq!(&got, b"still here");
 }
 
+/// A link whose gateway can open so many more streams.
+async fn pair_with_numbers_for(streams: u32) -> Pair {
+    let (near, far) = duplex(64 * 1024);
+    // An acceptor's numbers are even, and 0 is none of them.
+    let streams_before = (1 << 31) - 1 - streams;
+    pair_over(near, far, LinkConfig { streams_before, ..LinkConfig::default() }).await
+}
+
+#[tokio::test]
+async fn a_link_without_numbers_for_more_streams_goes_on_with_those_that_run() {
+    let mut pair = pair_with_numbers_for(2).await;
+    let (mut gateway, mut edge) = pair.stream().await;
+    assert!(pair.gateway.wears_out());
+    assert!(matches!(pair.edge.next().await, LinkEvent::WearsOut));
+    let last = pair.stream().await;
+    assert!(!pair.gateway.peer_draining());
+    for _ in 0..2 {
+        let more = pair.gateway.open(request("edge-a:1"), TIMEOUT).await;
+        assert!(matches!(more, Err(OpenError::Draining)), "{more:?}");
+    }
+    assert!(pair.gateway.peer_draining());
+    let LinkEvent::Draining(drain) = pair.edge.next().await else { panic!("the edge was not told") };
+    assert!(drain.reason.contains("no numbers"), "{}", drain.reason);
+    assert_eq!(drain.deadline_ms, 30 * 24 * 3600 * 1000);
+
+    gateway.write_all(b"still here").await.unwrap();
+    gateway.shutdown().await.unwrap();
+    let mut text = String::new();
+    edge.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "still here");
+    edge.shutdown().await.unwrap();
+    assert_eq!(gateway.read(&mut [0; 1]).await.unwrap(), 0);
+    drop((gateway, edge));
+    // The last stream keeps the link.
+    let handle = pair.gateway.clone();
+    let mut idle = tokio::spawn(async move { handle.idle().await });
+    assert!(tokio::time::timeout(Duration::from_millis(100), &mut idle).await.is_err());
+    assert!(!pair.gateway_link.is_finished());
+    drop(last);
+    tokio::time::timeout(TIMEOUT, idle).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_link_wears_out_while_there_are_numbers_for_a_million_streams() {
+    let mut pair = pair_with_numbers_for((1 << 20) + 1).await;
+    let _first = pair.stream().await;
+    assert!(!pair.gateway.wears_out());
+    let _second = pair.stream().await;
+    assert!(pair.gateway.wears_out() && pair.edge.handle().wears_out());
+}
+
 #[tokio::test]
 async fn a_gateway_may_reject_a_link_with_a_reason() {
     let (near, far) = duplex(64 * 1024);

@@ -9,8 +9,9 @@
 //!            ^                                     |
 //!            +-------- gateway drains -------------+   (the old link serves on until the new one is welcomed)
 //!                                                  |
-//!                          credentials changed, or another gateway is better: connect beside it, as above. Welcomed:
-//!                          that link is held, and the old one retires. Until then it is held as if nothing had been.
+//!                          credentials changed, the link wears out, or another gateway is better: connect beside it, as
+//!                          above. Welcomed: that link is held, and the old one retires. Until then it is held as if
+//!                          nothing had been.
 //!
 //!   shutdown, at any point: every link is told to drain, and run() returns when all have ended
 //! ```
@@ -166,11 +167,12 @@ impl<'a, N: Network> Keeper<'a, N> {
     /// Waits until the newest link will take no more streams. Meanwhile replaces it where that is good for something.
     async fn stay_linked(&mut self, held: &mut Held) {
         loop {
+            let wearing = held.phase.clone();
             let fresh = tokio::select! {
                 // A link that is gone needs another one soon, and not after a renewal's delay.
                 biased;
                 () = held.left() => break,
-                fresh = self.replacement() => fresh,
+                fresh = self.replacement(wearing) => fresh,
             };
             let newest = self.hold(fresh);
             std::mem::replace(held, newest).retire.cancel();
@@ -179,7 +181,7 @@ impl<'a, N: Network> Keeper<'a, N> {
     }
 
     /// Makes a link that shall take the place of the one that is up, when there is a reason to. Cancel-safe.
-    async fn replacement(&mut self) -> Fresh {
+    async fn replacement(&mut self, mut phase: watch::Receiver<Phase>) -> Fresh {
         loop {
             // Seen before the cluster is asked: a change after that is another change.
             self.changes.mark_unchanged();
@@ -196,6 +198,7 @@ impl<'a, N: Network> Keeper<'a, N> {
                 // The certificate first: it may be about to end.
                 biased;
                 () = changed(&mut self.in_use) => return self.renew().await,
+                () = wears_out(&mut phase) => return self.succeed().await,
                 () = changed(&mut self.changes) => {}
                 () = due(turn) => {}
             }
@@ -208,6 +211,12 @@ impl<'a, N: Network> Keeper<'a, N> {
         let delay = self.rng.random_range(Duration::ZERO..=self.edge.config.reload_period);
         info!(delay_ms = delay.as_millis(), "the credentials have changed; a new link will take over");
         sleep(delay).await;
+        self.establish(Purpose::Renewal, &mut None).await
+    }
+
+    /// Makes one more link before the old one has no numbers for more streams. Cancel-safe.
+    async fn succeed(&mut self) -> Fresh {
+        info!("the link has used most of the numbers that its streams can have; a new link will take over");
         self.establish(Purpose::Renewal, &mut None).await
     }
 
@@ -469,7 +478,7 @@ impl Held {
     /// Waits until the link will take no more streams. Cancel-safe.
     async fn left(&mut self) {
         // An error means that the link's task is gone, and so the link.
-        let _ = self.phase.wait_for(|phase| *phase != Phase::Up).await;
+        let _ = self.phase.wait_for(|phase| *phase >= Phase::Draining).await;
     }
 }
 
@@ -488,6 +497,13 @@ fn shown(gateway: &str, address: &Target) -> String {
 /// Waits for a change; for ever, if there can be none. Cancel-safe.
 async fn changed<T>(receiver: &mut watch::Receiver<T>) {
     if receiver.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until a link that still takes streams wears out; for ever, if it does not. Cancel-safe.
+async fn wears_out(phase: &mut watch::Receiver<Phase>) {
+    if phase.wait_for(|phase| *phase == Phase::WearsOut).await.is_err() {
         std::future::pending::<()>().await;
     }
 }

@@ -41,10 +41,12 @@ const RETIREMENT: Duration = Duration::from_secs(30 * 24 * 3600);
 const RTT_PERIOD: Duration = Duration::from_secs(5);
 
 /// Where a link is in its life, as its keeper sees it. Only ever moves down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// Streams come over it.
     Up,
+    /// Streams still come over it, but before long there will be no numbers for more.
+    WearsOut,
     /// The gateway will send no new streams, by its own wish or the edge's; old ones run on.
     Draining,
     /// It is gone.
@@ -172,6 +174,7 @@ impl<N: Network> Session<N> {
                 event = link.next() => match event {
                     LinkEvent::Stream(incoming) => self.begin_stream(incoming),
                     LinkEvent::Draining(drain) => self.gateway_drains(&drain),
+                    LinkEvent::WearsOut => self.moves_to(Phase::WearsOut),
                     LinkEvent::Updated(update) => self.updated(&update),
                     // Between gateways only.
                     LinkEvent::Holdings(_) | LinkEvent::Gateway(_) => {}
@@ -227,7 +230,7 @@ impl<N: Network> Session<N> {
         }
         self.drain.lingers_until = Some(Instant::now() + RETIRE_GRACE);
         self.serving.up.retires();
-        self.serving.phase.send_replace(Phase::Draining);
+        self.moves_to(Phase::Draining);
         self.drain_within(RETIREMENT, "the edge has a newer link");
     }
 
@@ -242,7 +245,7 @@ impl<N: Network> Session<N> {
     fn gateway_drains(&mut self, drain: &Drain) {
         let time_left = Duration::from_millis(drain.deadline_ms.into());
         let (reason, gateway) = (clean_text(&drain.reason), &self.serving.gateway);
-        if *self.serving.phase.borrow() == Phase::Up && self.serving.place.is_some() {
+        if self.takes_streams() && self.serving.place.is_some() {
             let (streams, deadline_s) = (self.streams.len(), time_left.as_secs());
             info!(gateway, reason, streams, deadline_s, "the gateway drains; looking for another one");
         }
@@ -252,7 +255,19 @@ impl<N: Network> Session<N> {
         if let Some(place) = &self.serving.place {
             place.cluster.draining(place.link);
         }
-        self.serving.phase.send_replace(Phase::Draining);
+        self.moves_to(Phase::Draining);
+    }
+
+    fn takes_streams(&self) -> bool {
+        *self.serving.phase.borrow() < Phase::Draining
+    }
+
+    fn moves_to(&self, next: Phase) {
+        self.serving.phase.send_if_modified(|phase| {
+            let moves = *phase < next;
+            *phase = next.max(*phase);
+            moves
+        });
     }
 
     fn stream_ended(&mut self, ended: Result<(), JoinError>) {
@@ -286,7 +301,7 @@ impl<N: Network> Session<N> {
     }
 
     fn measure(&self) {
-        let is_newest = *self.serving.phase.borrow() == Phase::Up;
+        let is_newest = self.takes_streams();
         if let Some(rtt) = self.handle.rtt().filter(|_| is_newest) {
             self.serving.metrics.rtt.set(rtt.smoothed.as_secs_f64());
         }

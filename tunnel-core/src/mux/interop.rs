@@ -26,7 +26,8 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompat
 use super::{Inbound, Mux, MuxConfig, MuxError, MuxHandle, MuxStream, Side};
 
 const MIB: usize = 1 << 20;
-const CONFIG: MuxConfig = MuxConfig { max_streams: 1000, window_budget: 64 * MIB, window_pool: None };
+const CONFIG: MuxConfig =
+    MuxConfig { max_streams: 1000, window_budget: 64 * MIB, window_pool: None, streams_before: 0 };
 /// For a whole test.
 const LONGEST: Duration = Duration::from_secs(60);
 /// Nothing has moved for so long: it waits.

@@ -111,6 +111,33 @@ async fn a_certificate_of_another_node_and_half_a_file_are_never_shown_to_a_gate
 }
 
 #[tokio::test]
+async fn a_link_that_runs_out_of_stream_numbers_is_replaced_and_its_streams_run_on() {
+    let (pki, (target, _echo)) = (Pki::new(), echo().await);
+    let mut gateway = Gateway::bind(pki.gateway()).await;
+    gateway.link.streams_before = (1 << 31) - 10;
+    let running = Running::start(edge(&pki, &gateway, &pki.kubelet_pem("edge-a", HOUR)));
+    let old = gateway.accept().await;
+    gateway.link.streams_before = 0;
+    let target = format!("edge-a:{}", target.port());
+    let (mut stream, _) = open(&old, &target).await.unwrap();
+    let new = gateway.accept().await;
+    until("the old link drains", || {
+        running.status.ready().unwrap();
+        old.handle.peer_draining()
+    })
+    .await;
+    let (mut fresh, _) = open(&new, &target).await.unwrap();
+    round_trip(&mut fresh, b"over the new link").await;
+    round_trip(&mut stream, b"over the old link").await;
+    finish(stream).await;
+    let end = timeout(LIMIT, old.ended).await.unwrap().unwrap();
+    assert_eq!(end.label(), "closed_by_peer");
+    // It is not replaced in turn.
+    assert!(!new.handle.peer_draining() && !new.handle.wears_out());
+    round_trip(&mut fresh, b"undisturbed").await;
+}
+
+#[tokio::test]
 async fn a_renewal_that_fails_is_tried_again_and_the_old_link_serves_meanwhile() {
     for lost in [false, true] {
         let (pki, theirs, (target, _echo)) = (Pki::new(), Pki::new(), echo().await);

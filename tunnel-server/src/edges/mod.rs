@@ -281,6 +281,10 @@ impl EdgeDoor {
                         registration.drains();
                         info!(node = %session.node, session = session.id, reason = drain.reason, "the edge drains");
                     }
+                    LinkEvent::WearsOut => {
+                        info!(node = %session.node, session = session.id, "the link has used most of the numbers that its \
+                              streams can have; its edge makes another one");
+                    }
                     // Edges may not open streams yet, and only gateways send the others.
                     LinkEvent::Stream(_)
                     | LinkEvent::Updated(_)

@@ -167,8 +167,9 @@ impl PeerDoor {
                             let (door, gateway) = (self.clone(), gateway.clone());
                             streams.spawn(async move { door.forward(incoming, &gateway).await });
                         }
-                        // Only this side tells what it holds and who it is.
-                        LinkEvent::Draining(_)
+                        // The peer makes another link; and only this side tells what it holds and who it is.
+                        LinkEvent::WearsOut
+                        | LinkEvent::Draining(_)
                         | LinkEvent::Updated(_)
                         | LinkEvent::Holdings(_)
                         | LinkEvent::Gateway(_) => {}

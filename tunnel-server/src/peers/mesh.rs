@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -15,7 +16,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -43,6 +44,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A link that ended sooner than this has not been a success: the next attempt waits as after a failure.
 const SHORT_LIVED: Duration = Duration::from_secs(5);
+/// Streams for a link that another one has replaced may be about to be opened for this long.
+const RETIRE_GRACE: Duration = Duration::from_secs(1);
+/// How long streams may run on over such a link.
+const RETIREMENT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// A failure that goes on is logged again, loudly, this often.
 const REMIND_PERIOD: Duration = Duration::from_secs(300);
 
@@ -262,6 +267,7 @@ impl Mesh {
                     is_listed,
                     stop: stop.clone(),
                     complaint: None,
+                    retired: JoinSet::new(),
                 };
                 keepers.spawn(keeper.run());
                 kept.push((member, sender));
@@ -309,16 +315,21 @@ impl Mesh {
         });
     }
 
-    /// Enters a link under a number of its own, unless there is one to that gateway already.
+    /// Enters a link under a number of its own, unless there is one to that gateway already that does not wear out.
     pub(crate) fn enter(&self, gateway: &GatewayId, link: &LinkHandle) -> Option<u64> {
         let mut links = self.links.lock();
-        if links.get(gateway).is_some_and(|known| !known.link.is_closed()) {
+        let before = links.get(gateway).filter(|known| !known.link.is_closed());
+        if before.is_some_and(|before| !before.link.wears_out()) {
             return None;
         }
         let number = self.next_number.fetch_add(1, Relaxed);
-        links.insert(gateway.clone(), PeerLink { number, link: link.clone(), about: None });
-        // What an earlier link told is gone before this one tells anything.
-        self.directory.peer_silent(gateway);
+        if before.is_none() {
+            // What an earlier link told is gone before this one tells anything.
+            self.directory.peer_silent(gateway);
+        }
+        // What one told that still holds is true until this one has told all.
+        let about = before.and_then(|before| before.about.clone());
+        links.insert(gateway.clone(), PeerLink { number, link: link.clone(), about });
         Some(number)
     }
 
@@ -379,6 +390,8 @@ struct Keeper<N> {
     is_listed: watch::Receiver<bool>,
     stop: CancellationToken,
     complaint: Option<(String, Instant)>,
+    /// Links that others have replaced, with the streams that still run over them.
+    retired: JoinSet<()>,
 }
 
 impl<N> Drop for Keeper<N> {
@@ -392,6 +405,13 @@ impl<N> Drop for Keeper<N> {
 impl<N: Network> Keeper<N> {
     /// Keeps the link while the member is listed, and longer if it holds. Cancel-safe: links end with it.
     async fn run(mut self) {
+        self.keep_linked().await;
+        while let Some(ended) = self.retired.join_next().await {
+            report_panic("a replaced link to a peer", ended);
+        }
+    }
+
+    async fn keep_linked(&mut self) {
         let stop = self.stop.clone();
         let mut pause = FIRST_PAUSE;
         while *self.is_listed.borrow() && !stop.is_cancelled() {
@@ -510,18 +530,51 @@ impl<N: Network> Keeper<N> {
         }
     }
 
-    /// Listens to a peer until its link ends.
-    async fn hold(&mut self, mut link: Link, gateway: &GatewayId, number: u64) {
+    /// Holds a link to a peer, and those that replace it, until the newest ends.
+    async fn hold(&mut self, mut link: Link, gateway: &GatewayId, mut number: u64) {
+        while let Some((newer, its_number)) = self.listen(&mut link, gateway, number).await {
+            number = its_number;
+            let old = std::mem::replace(&mut link, newer);
+            // Those that have ended by now are not kept.
+            while let Some(ended) = self.retired.try_join_next() {
+                report_panic("a replaced link to a peer", ended);
+            }
+            self.retired.spawn(retire(old, gateway.clone(), self.stop.clone()));
+        }
+    }
+
+    /// Makes another link to a gateway, however long that takes. Cancel-safe.
+    async fn succeed(&self, gateway: &GatewayId) -> (Link, u64) {
+        let address = &self.member.address;
+        info!(%gateway, %address, "the link to a peer has used most of its numbers of streams; another one takes over");
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.connect().await {
+                Ok((link, to, number)) if to == *gateway => return (link, number),
+                Ok((_, to, number)) => {
+                    debug!(%address, %to, "the address leads to another gateway now");
+                    self.mesh.leave(&to, number);
+                }
+                Err(error) => debug!(%address, cause = %error, "no other link to the peer yet"),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Listens to a peer until its link ends, or there is another one that has taken its place.
+    async fn listen(&self, link: &mut Link, gateway: &GatewayId, number: u64) -> Option<(Link, u64)> {
         let (mesh, handle, up_since) = (self.mesh.clone(), link.handle(), Instant::now());
         info!(%gateway, address = %self.member.address, "linked to a peer");
         mesh.tell();
         if !mesh.directory.wants_holdings() {
             self.stands(Standing::Heard);
         }
-        let (mut told_to_close, mut incomplete) = (false, false);
+        let (mut told_to_close, mut incomplete, mut wears_out) = (false, false, false);
+        let mut succeeding = pin!(self.succeed(gateway));
         let end: LinkError = loop {
             tokio::select! {
-                // What the peer told counts, whatever this side wants.
+                // What the peer told counts, whatever this side wants; and its end goes before another beginning.
                 biased;
                 event = link.next() => match event {
                     LinkEvent::Closed(error) => break error,
@@ -537,6 +590,7 @@ impl<N: Network> Keeper<N> {
                         }
                     }
                     LinkEvent::Gateway(about) => mesh.introduced(gateway, number, about),
+                    LinkEvent::WearsOut => wears_out = true,
                     // The handle knows it. Peers open no streams here, and updates are for edges.
                     LinkEvent::Draining(_) | LinkEvent::Stream(_) | LinkEvent::Updated(_) => {}
                 },
@@ -544,6 +598,7 @@ impl<N: Network> Keeper<N> {
                     told_to_close = true;
                     handle.close("the gateway stops");
                 }
+                newer = &mut succeeding, if wears_out && !told_to_close => return Some(newer),
             }
         };
         mesh.leave(gateway, number);
@@ -553,6 +608,7 @@ impl<N: Network> Keeper<N> {
         } else {
             warn!(%gateway, address = %self.member.address, cause = %end, up_ms, "link to a peer lost");
         }
+        None
     }
 
     /// Says in the log why there is no link: loudly when it is news, or has been going on for a while.
@@ -566,6 +622,32 @@ impl<N: Network> Keeper<N> {
             self.complaint = Some((text, now));
         }
     }
+}
+
+/// Closes a link that another one has replaced, once its last stream has ended.
+async fn retire(mut link: Link, gateway: GatewayId, stop: CancellationToken) {
+    let handle = link.handle();
+    let mut done = pin!(timeout(RETIREMENT, async {
+        sleep(RETIRE_GRACE).await;
+        handle.idle().await;
+    }));
+    let mut told_to_close = false;
+    let end = loop {
+        tokio::select! {
+            // What happened to the link is true already; then what the gateway wants.
+            biased;
+            event = link.next() => if let LinkEvent::Closed(end) = event { break end },
+            () = stop.cancelled(), if !told_to_close => {
+                told_to_close = true;
+                handle.close("the gateway stops");
+            }
+            _ = &mut done, if !told_to_close => {
+                told_to_close = true;
+                handle.close("another link has taken its place");
+            }
+        }
+    };
+    info!(%gateway, cause = %end, "a replaced link to a peer has ended");
 }
 
 impl Mesh {
@@ -592,9 +674,14 @@ mod tests {
         sync::atomic::AtomicUsize,
     };
 
-    use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, copy, split},
+        net::TcpListener,
+        task::JoinHandle,
+    };
     use tokio_util::task::AbortOnDropHandle;
     use tunnel_core::{
+        OpenRequest,
         proto::messages::{Holding, Welcome},
         tls::{Domain, Files, ServerTls},
     };
@@ -624,7 +711,24 @@ mod tests {
         (ServerTls::load(Domain::Peer, files.clone()).unwrap(), ClientTls::load(Domain::Peer, files).unwrap())
     }
 
-    /// The gateway `gw-b`, which holds nothing, at a port of every loopback address, and how often it was dialled.
+    /// Sends back what comes over a link's streams, until the link ends.
+    async fn echo(mut link: Link) {
+        let mut streams = JoinSet::new();
+        loop {
+            match link.next().await {
+                LinkEvent::Stream(incoming) => streams.spawn(async move {
+                    let pending = incoming.header(Instant::now() + PATIENCE).await.unwrap();
+                    let (mut read, mut write) = split(pending.accept(String::new()).await.unwrap());
+                    let _ = copy(&mut read, &mut write).await;
+                    let _ = write.shutdown().await;
+                }),
+                LinkEvent::Closed(_) => return,
+                _ => continue,
+            };
+        }
+    }
+
+    /// The gateway `gw-b`, which holds `edge-a`, at a port of every loopback address, and how often it was dialled.
     struct FarSide {
         port: u16,
         dialled: Arc<AtomicUsize>,
@@ -641,7 +745,7 @@ mod tests {
             let serving = tokio::spawn(async move {
                 let mut links = JoinSet::new();
                 while let Ok((connection, _)) = listener.accept().await {
-                    count.fetch_add(1, Relaxed);
+                    let epoch = count.fetch_add(1, Relaxed) as u64 + 1;
                     let (acceptor, cutting) = (tls.acceptor(), cutting.clone());
                     links.spawn(async move {
                         let connection = acceptor.accept(ReadAhead::new(connection)).await.unwrap();
@@ -652,11 +756,12 @@ mod tests {
                             heartbeat_ms: 1000,
                             ..Welcome::default()
                         };
-                        let mut link = pending.welcome(welcome).unwrap();
+                        let link = pending.welcome(welcome).unwrap();
                         link.handle().introduce(Gateway::default());
-                        link.handle().tell_holdings(Holdings { epoch: 1, ..Holdings::default() }).await;
-                        let held = async { while !matches!(link.next().await, LinkEvent::Closed(_)) {} };
-                        cutting.run_until_cancelled(held).await;
+                        let holdings = vec![Holding { node: "edge-a".to_owned(), generation: 1 }];
+                        let told = Holdings { epoch, holdings, ..Holdings::default() };
+                        link.handle().tell_holdings(told).await;
+                        cutting.run_until_cancelled(echo(link)).await;
                     });
                 }
             });
@@ -671,13 +776,20 @@ mod tests {
 
     /// A mesh of `gw-a` that runs with the members that the sender says.
     fn running(tls: ClientTls) -> (Arc<Mesh>, watch::Sender<Vec<Member>>, AbortOnDropHandle<()>) {
+        running_with(tls, LinkConfig::default())
+    }
+
+    fn running_with(
+        tls: ClientTls,
+        link: LinkConfig,
+    ) -> (Arc<Mesh>, watch::Sender<Vec<Member>>, AbortOnDropHandle<()>) {
         let own = Own {
             gateway: "gw-a".parse().unwrap(),
             instance: InstanceId::from_random(1),
             edge_address: None,
             leaving: CancellationToken::new(),
         };
-        let mesh = Mesh::new(own, Arc::new(Peers::default()), LinkConfig::default(), PATIENCE, metrics());
+        let mesh = Mesh::new(own, Arc::new(Peers::default()), link, PATIENCE, metrics());
         let (sender, members) = watch::channel(Vec::new());
         let task: JoinHandle<()> =
             tokio::spawn(mesh.clone().run(SystemNetwork, members, tls, 1, CancellationToken::new()));
@@ -728,6 +840,35 @@ mod tests {
         until("both were dialled", || far.dialled.load(Relaxed) == 2).await;
         sleep(LONGEST_PAUSE * 2).await;
         assert_eq!((far.dialled.load(Relaxed), mesh.gap()), (2, None));
+    }
+
+    #[tokio::test]
+    async fn a_link_that_runs_out_of_stream_numbers_is_replaced_and_nothing_is_missed_meanwhile() {
+        let (server, client) = tls();
+        let far = FarSide::start(server).await;
+        let used = LinkConfig { streams_before: (1 << 31) - 10, ..LinkConfig::default() };
+        let (mesh, members, _running) = running_with(client, used);
+        let b: GatewayId = "gw-b".parse().unwrap();
+        members.send_replace(vec![far.member(1)]);
+        until("linked", || mesh.has_heard() && mesh.gateways().borrow().len() == 2).await;
+        let old = mesh.link(&b).unwrap();
+        let (mut stream, _) = old.open(OpenRequest::default(), PATIENCE).await.unwrap();
+        until("replaced", || {
+            assert_eq!((mesh.gap(), mesh.gateways().borrow().len()), (None, 2));
+            assert_eq!(mesh.directory.holders(&node("edge-a")).len(), 1);
+            mesh.link(&b).is_some_and(|link| !link.is_same(&old))
+        })
+        .await;
+        sleep(RETIRE_GRACE * 2).await;
+        stream.write_all(b"still here").await.unwrap();
+        let mut back = [0; 10];
+        stream.read_exact(&mut back).await.unwrap();
+        assert_eq!(&back, b"still here");
+        assert_eq!((far.dialled.load(Relaxed), old.is_closed()), (2, false));
+        drop(stream);
+        until("the old link ends", || old.is_closed()).await;
+        assert_eq!(mesh.directory.holders(&node("edge-a")).len(), 1);
+        assert!(mesh.link(&b).is_some() && mesh.gap().is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ mod stream;
 mod window;
 
 pub use batch::{Batch, Chunk};
-pub use session::{Config, Error, OpenFailed, Place, Session, StreamEnded};
+pub use session::{Config, Error, OpenFailed, Place, Session, StreamEnded, numbers_left};
 pub use window::{INITIAL, WindowPool};
 
 use frame::HEADER;

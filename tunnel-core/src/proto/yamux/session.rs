@@ -206,6 +206,12 @@ impl Session {
         self
     }
 
+    /// The same, as if this side had opened so many streams before, of the 2^31 that it can open.
+    pub fn having_opened(mut self, streams: u32) -> Self {
+        self.next_number = streams.checked_mul(2).and_then(|used| self.side.first_number().checked_add(used));
+        self
+    }
+
     /// Whoever has to be woken for what was done last.
     pub fn take_wakes(&mut self) -> Vec<Waker> {
         if std::mem::take(&mut self.openers.due) {
@@ -717,6 +723,11 @@ impl Session {
     fn wake_transmitter(&mut self) {
         self.wakes.extend(self.transmitter.take());
     }
+}
+
+/// How many streams can be opened behind the one of this number, by the side that has opened it.
+pub fn numbers_left(number: u32) -> u32 {
+    (u32::MAX - number) / 2
 }
 
 impl Openers {

@@ -62,6 +62,8 @@ pub enum Manner {
     Patient,
     /// It leaves after so many milliseconds, wherever the request is then: dialled, half-way, done.
     Leaves(u64),
+    /// As above, but its connection is reset. A client that closes a half-closed one without that looks as if it stayed.
+    Resets(u64),
     /// It loses its power after so many milliseconds: nobody says anything.
     Vanishes(u64),
 }
@@ -118,6 +120,8 @@ pub struct Plan {
     pub weather: Weather,
     /// How many of [`GATEWAYS`] there are.
     pub gateways: usize,
+    /// Half-closed streams that are silent are given up soon. If not, whatever ends them must be something else.
+    pub half_closed_timeout: bool,
     /// In the order of their beginning.
     pub requests: Vec<Planned>,
     /// When and what.
@@ -133,7 +137,8 @@ impl Plan {
     pub fn new(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let gateways = rng.random_range(1..=GATEWAYS.len());
-        let mut draw = Draw { rng, gateways };
+        let half_closed_timeout = rng.random();
+        let mut draw = Draw { rng, gateways, half_closed_timeout };
         let mut plan = if draw.rng.random_ratio(1, 3) { draw.calm() } else { draw.rough() };
         plan.requests.sort_by_key(|planned| planned.when);
         plan.faults.sort_by_key(|(when, _)| *when);
@@ -169,6 +174,7 @@ struct Share {
 struct Draw {
     rng: SmallRng,
     gateways: usize,
+    half_closed_timeout: bool,
 }
 
 impl Draw {
@@ -179,7 +185,8 @@ impl Draw {
             .map(|_| (self.at(), self.rng.random(), self.rng.random_range(1..20_000)))
             .collect();
         let latency = self.rng.random_range(1..60);
-        Plan { weather: Weather::Rough, gateways: self.gateways, requests, faults, garbage, latency }
+        let Self { gateways, half_closed_timeout, .. } = *self;
+        Plan { weather: Weather::Rough, gateways, half_closed_timeout, requests, faults, garbage, latency }
     }
 
     fn calm(&mut self) -> Plan {
@@ -206,7 +213,10 @@ impl Draw {
         }
         let requests = (1..=count).map(|id| self.calm_request(id, &mut shares)).collect();
         let (garbage, latency) = (Vec::new(), self.rng.random_range(1..60));
-        Plan { weather: Weather::Calm, gateways: self.gateways, requests, faults, garbage, latency }
+        // On a slow link, others may have all turns for longer than that.
+        let half_closed_timeout = false;
+        let gateways = self.gateways;
+        Plan { weather: Weather::Calm, gateways, half_closed_timeout, requests, faults, garbage, latency }
     }
 
     fn at(&mut self) -> Duration {
@@ -263,10 +273,14 @@ impl Draw {
             _ => self.some_bytes(),
         };
         let left_after = self.rng.random_range(1_000..8_000);
+        let leaves: fn(u64) -> Manner =
+            if self.half_closed_timeout { Manner::Leaves } else { Manner::Resets };
         let manner = match self.rng.random_range(0..8) {
-            0 | 1 => Manner::Leaves(self.rng.random_range(0..3_000)),
+            0 | 1 => leaves(self.rng.random_range(0..3_000)),
             2 => Manner::Vanishes(left_after),
-            _ if kind.is_endless() => Manner::Leaves(left_after),
+            _ if kind == Kind::Stuck || kind.is_half_closed() && !self.half_closed_timeout => {
+                leaves(left_after)
+            }
             _ => Manner::Patient,
         };
         self.planned(Request { id, node: node.to_owned(), kind, bytes }, manner)

@@ -60,9 +60,9 @@ impl Kind {
         (Self::Mute, "mute"),
     ];
 
-    /// Whether it never ends by itself, or only after long.
-    pub fn is_endless(self) -> bool {
-        matches!(self, Self::Stuck | Self::Deaf | Self::Mute)
+    /// Whether it stays half-closed and silent, for ever.
+    pub fn is_half_closed(self) -> bool {
+        matches!(self, Self::Deaf | Self::Mute)
     }
 
     fn name(self) -> &'static str {

@@ -19,7 +19,7 @@ use turmoil::net::TcpStream;
 use super::{
     HEARTBEAT, World,
     leaks::{self, Rest},
-    socket::{Family, Open, PowerSwitch, Rate, SimSocket},
+    socket::{Family, Open, Rate, SimSocket, Socket},
 };
 use crate::{
     connect::{Refusal, connect},
@@ -89,6 +89,7 @@ pub(super) async fn run(plan: Plan, world: World) -> turmoil::Result {
     while let Some(joined) = clients.join_next().await {
         joined?;
     }
+    sleep_until(start + Duration::from_millis(BUSY.end)).await;
     for (gateway, node) in gateways.iter().flat_map(|gateway| NODES.map(|node| (*gateway, node))) {
         expect_answer(gateway, node, 70_000, &world).await;
     }
@@ -105,8 +106,8 @@ trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
 
-/// The client's end of whatever it does, for when it loses its power.
-type Switch = Arc<Mutex<Option<PowerSwitch>>>;
+/// The client's socket in whatever it does, for when it is gone in a way of its own.
+type Switch = Arc<Mutex<Option<Socket>>>;
 
 fn target(node: &str) -> String {
     format!("{node}:{KUBELET_PORT}")
@@ -125,7 +126,7 @@ async fn dial(
     };
     let tcp = TcpStream::connect((gateway, port)).await?;
     let mut socket = SimSocket::new(tcp, family, Rate::default(), &Open::default());
-    *switch.lock().unwrap() = Some(socket.power_switch());
+    *switch.lock().unwrap() = Some(socket.handle());
     match (door, protocol) {
         (Door::Tls(_), Protocol::Http1) => {
             let mut stream = parties::control_plane_tls(socket).await?;
@@ -193,10 +194,11 @@ struct Client {
 impl Client {
     async fn request(&self) {
         let Planned { request, manner, door, .. } = &self.planned;
-        let (patience, vanishes) = match *manner {
-            Manner::Patient => (patience(self.weather), false),
-            Manner::Leaves(millis) => (Duration::from_millis(millis), false),
-            Manner::Vanishes(millis) => (Duration::from_millis(millis), true),
+        let patience = match *manner {
+            Manner::Patient => patience(self.weather),
+            Manner::Leaves(millis) | Manner::Resets(millis) | Manner::Vanishes(millis) => {
+                Duration::from_millis(millis)
+            }
         };
         if !door.has_resets() {
             self.world.ledger.without_resets(request.id);
@@ -213,8 +215,12 @@ impl Client {
             }
         });
         let ended = timeout(patience, &mut attempt).await.ok();
-        if let (true, Some(power)) = (vanishes, switch.lock().unwrap().take()) {
-            power.cut();
+        if let Some(socket) = switch.lock().unwrap().take() {
+            match manner {
+                Manner::Vanishes(_) => socket.cut_power(),
+                Manner::Resets(_) => socket.reset(),
+                Manner::Patient | Manner::Leaves(_) => {}
+            }
         }
         drop(attempt);
         let sent = sent.load(Relaxed);
@@ -255,6 +261,8 @@ impl Client {
                 report.failed_loudly += 1;
                 if self.weather == Weather::Calm {
                     self.broken(request, "was not over in time in calm weather");
+                } else if *manner == Manner::Patient && request.kind.is_half_closed() {
+                    self.broken(request, "was not given up, although it was half-closed and silent");
                 }
                 "left".to_owned()
             }

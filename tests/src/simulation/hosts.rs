@@ -45,7 +45,7 @@ use crate::{
 pub(super) const MAX_STREAMS: usize = 48;
 /// By how much the windows of a program may grow, all together.
 pub(super) const WINDOWS: usize = 16 << 20;
-/// In rough weather, how long a half-closed stream may be silent: longer than a target that will go on.
+/// How long a half-closed stream may be silent, where that is limited: longer than a target that will go on.
 const HALF_CLOSED: Duration = Duration::from_secs(12);
 /// How long a stopped program stays away.
 const AWAY: Duration = Duration::from_secs(1);
@@ -153,13 +153,9 @@ fn link(windows: Arc<WindowPool>) -> LinkConfig {
 }
 
 /// How long a half-closed stream may be silent.
-fn timeouts(weather: Weather) -> Timeouts {
+fn timeouts(plan: &Plan) -> Timeouts {
     let timeouts = Timeouts::of("the simulation");
-    match weather {
-        Weather::Rough => Timeouts { half_closed: Some(HALF_CLOSED), ..timeouts },
-        // On a slow link, others may have all turns for longer than that.
-        Weather::Calm => timeouts,
-    }
+    if plan.half_closed_timeout { Timeouts { half_closed: Some(HALF_CLOSED), ..timeouts } } else { timeouts }
 }
 
 pub(super) fn add_gateway(
@@ -169,7 +165,8 @@ pub(super) fn add_gateway(
     world: &World,
     seeds: &Seeds,
 ) {
-    let (world, seeds, weather) = (world.clone(), seeds.clone(), plan.weather);
+    let (world, seeds) = (world.clone(), seeds.clone());
+    let (drain_timeout, timeouts) = (drain_timeout(plan.weather), timeouts(plan));
     let others: Vec<&str> = plan.gateways().iter().copied().filter(|other| *other != name).collect();
     sim.host(name, move || {
         let (world, seeds, others) = (world.clone(), seeds.clone(), others.clone());
@@ -180,8 +177,8 @@ pub(super) fn add_gateway(
                 let settings = GatewaySettings {
                     gateway_id: name.parse()?,
                     link: link(windows.clone()),
-                    drain_timeout: drain_timeout(weather),
-                    timeouts: timeouts(weather),
+                    drain_timeout,
+                    timeouts,
                     ..parties::settings(HEARTBEAT, seed)
                 };
                 let tls = |domain| ServerTls::load(domain, files(domain, GATEWAY)).unwrap();
@@ -224,7 +221,8 @@ pub(super) fn add_edge(
     world: &World,
     seeds: &Seeds,
 ) {
-    let (world, seeds, weather) = (world.clone(), seeds.clone(), plan.weather);
+    let (world, seeds) = (world.clone(), seeds.clone());
+    let (drain_timeout, timeouts) = (drain_timeout(plan.weather), timeouts(plan));
     let home = plan.gateways()[plan.home(node)];
     sim.host(node, move || {
         let (world, seeds) = (world.clone(), seeds.clone());
@@ -238,8 +236,8 @@ pub(super) fn add_edge(
                 config.redundancy = 1;
                 config.server_name = Some(GATEWAY.try_into()?);
                 config.link = link(windows);
-                config.drain_timeout = drain_timeout(weather);
-                config.timeouts = timeouts(weather);
+                config.drain_timeout = drain_timeout;
+                config.timeouts = timeouts;
                 let network = SimNetwork { program: edge.program.clone(), world: world.clone() };
                 parties::run_edge_with(config, network, seeds.next(), &edge.probe, stop).await;
                 edge.program.ended(node, &world).await;

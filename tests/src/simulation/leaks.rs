@@ -14,9 +14,9 @@ use crate::plan::NODES;
 /// How long after the last client has gone something may still be under way: a client that vanished is noticed after 30
 /// seconds, and a program that was told to stop may take a minute.
 const SETTLING: Duration = Duration::from_secs(90);
-/// By how much the memory of all programs together may differ, in bytes: buffers that stay with a link or a thread grow in
-/// steps.
-const MEMORY_STEPS: i64 = 512 * 1024;
+/// By how much the memory of all programs together may differ for each link, in bytes: at both ends, buffers stay with it
+/// that grow in steps.
+const MEMORY_OF_A_LINK: usize = 256 * 1024;
 
 /// What is held while nothing is under way.
 pub(super) struct Rest {
@@ -78,7 +78,8 @@ impl Rest {
             }
         }
         let more = now.memory - self.memory;
-        if more > MEMORY_STEPS {
+        let links: usize = self.links.iter().map(|(_, edges, peers)| edges + peers).sum();
+        if usize::try_from(more).is_ok_and(|more| more > MEMORY_OF_A_LINK * links) {
             left.push(format!("{more} bytes of memory at all programs together"));
         }
         left

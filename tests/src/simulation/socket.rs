@@ -174,13 +174,19 @@ impl State {
     }
 }
 
-/// Makes a connection vanish, as by a power cut at the client's end.
+/// Ends a socket in a way of its own, whoever holds it.
 #[derive(Clone)]
-pub(super) struct PowerSwitch(Arc<Mutex<State>>);
+pub(super) struct Socket(Arc<Mutex<State>>);
 
-impl PowerSwitch {
-    pub(super) fn cut(&self) {
+impl Socket {
+    /// It vanishes, as by a power cut.
+    pub(super) fn cut_power(&self) {
         self.0.lock().unwrap().close(Close::Gone);
+    }
+
+    /// Closing it is a reset, where there are any.
+    pub(super) fn reset(&self) {
+        self.0.lock().unwrap().resets = true;
     }
 }
 
@@ -218,8 +224,8 @@ impl SimSocket {
         Self { state, _open: Counted::new(&open.sockets) }
     }
 
-    pub(super) fn power_switch(&self) -> PowerSwitch {
-        PowerSwitch(self.state.clone())
+    pub(super) fn handle(&self) -> Socket {
+        Socket(self.state.clone())
     }
 }
 

@@ -259,7 +259,7 @@ pub async fn run_edge_with(
     shutdown: CancellationToken,
 ) {
     let tls = ClientTls::load(Domain::Edge, config.tls.clone()).unwrap();
-    Agent::new(config, tls, network, seed, probe.begin_life()).run(shutdown).await;
+    Agent::new(config, tls, network, seed, probe.begin_life()).run(shutdown).await.unwrap();
 }
 
 /// TLS as the control plane's client, to a gateway's ingress, for HTTP/1.1.

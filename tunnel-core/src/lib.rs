@@ -14,6 +14,8 @@
 //!
 //! Nothing here listens or reads a configuration file. Without the feature `io` only the sans-IO part is left.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::disallowed_types))]
+
 pub mod identity;
 pub mod proto;
 mod target;

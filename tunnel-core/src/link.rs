@@ -540,6 +540,7 @@ impl Link {
         };
         let (events, received) = mpsc::channel(EVENTS_WAITING);
         let task = ControlTask { channel, mux: mux.task, shared: handle.shared.clone(), events };
+        #[allow(clippy::disallowed_methods, reason = "the link owns it, waits for it, and ends with it")]
         let control = AbortOnDropHandle::new(tokio::spawn(task.run()));
         let accept_streams = config.accept_streams;
         Self { handle, inbound: mux.inbound, events: received, control, accept_streams }

@@ -258,6 +258,7 @@ impl Mux {
             heard: heard.clone(),
             received: 0,
         };
+        #[allow(clippy::disallowed_methods, reason = "the link owns it, waits for it, and ends with it")]
         let task = AbortOnDropHandle::new(tokio::spawn(driver));
         Self { handle: MuxHandle { shared: shared.clone() }, inbound: Inbound { shared }, task, heard }
     }

@@ -369,6 +369,7 @@ pub fn label(error: &io::Error) -> &'static str {
         None if error.kind() == io::ErrorKind::UnexpectedEof => "closed",
         // Of the bytes that come before anything is known of who sends them.
         None if error.kind() == io::ErrorKind::InvalidData => "too_long",
+        None if error.kind() == io::ErrorKind::ConnectionReset => "reset",
         None => "io",
     }
 }

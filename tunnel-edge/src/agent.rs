@@ -18,6 +18,7 @@ use crate::{
     cluster::{Cluster, SharedCluster},
     config::Config,
     credentials::Credentials,
+    daemon::tasks::Failure,
     destinations::Destinations,
     generation::Generations,
     keeper::{Edge, Keeper},
@@ -72,30 +73,59 @@ impl<N: Network> Agent<N> {
         self
     }
 
+    /// With a status that somebody reads already, and that says so far that there is no link.
+    pub(crate) fn with_status(mut self, status: AgentStatus) -> Self {
+        self.edge.status = status;
+        self
+    }
+
     /// Whether it is connected; stays true to the agent while it runs.
     pub fn status(&self) -> AgentStatus {
         self.edge.status.clone()
     }
 
     /// Keeps the node linked until `shutdown`, then drains: tells the gateways, lets running streams finish until the
-    /// drain timeout, closes the links and returns. Nothing else makes it return.
+    /// drain timeout, closes the links and returns. It does the same by itself, and says why, if a part of it fails that
+    /// it cannot do without.
     ///
     /// Dropping the future ends every link at once.
-    pub async fn run(mut self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Failure> {
+        // Its own, since it may have to leave by itself.
+        let shutdown = shutdown.child_token();
+        let vital = &self.edge.status.vital().clone();
         let seats = 0..self.edge.config.redundancy.max(1);
         let seeds: Vec<u64> = seats.clone().map(|_| self.rng.random()).collect();
         let keepers = seats.zip(seeds).map(|(seat, seed)| {
-            Keeper::new(&self.edge, seat, seed, self.in_use.clone(), shutdown.clone()).run()
+            let keeper = Keeper::new(&self.edge, seat, seed, self.in_use.clone(), shutdown.clone());
+            vital.watch("keeper", &shutdown, keeper.run())
         });
         let announce = async {
-            shutdown.cancelled().await;
+            tokio::select! {
+                // Why it leaves is said where it is known.
+                biased;
+                () = vital.failed() => shutdown.cancel(),
+                () = shutdown.cancelled() => {}
+            }
             info!(links = self.edge.status.links(), "draining: no new streams are taken");
+        };
+        let never = CancellationToken::new();
+        let metrics = &self.edge.metrics;
+        let background = async {
+            join(
+                vital.watch("credentials", &never, self.credentials.keep_fresh()),
+                vital.watch("log limits", &never, metrics.lines.renew()),
+            )
+            .await;
+            // The links drain now.
+            std::future::pending::<()>().await;
         };
         tokio::select! {
             // The end of all links first: nobody looks at the files after that.
             biased;
             _ = join(announce, join_all(keepers)) => info!("drained"),
-            () = self.credentials.keep_fresh() => {}
+            () = background => {}
         }
+        metrics.lines.sum_up();
+        vital.check()
     }
 }

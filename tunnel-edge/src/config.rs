@@ -349,6 +349,11 @@ impl Config {
 
     /// Reads the credentials, checks that they fit together and are this node's, and gives the node.
     pub fn check_files(&self) -> Result<NodeId, String> {
+        self.load_credentials().map(|(_, node)| node)
+    }
+
+    /// The credentials, and the node that they are for.
+    pub(crate) fn load_credentials(&self) -> Result<(ClientTls, NodeId), String> {
         let tls = ClientTls::load(Domain::Edge, self.tls.clone()).map_err(|error| format!("tls: {error}"))?;
         let cert = self.tls.cert.display();
         let named = node_from_certificate(&tls.certificate())
@@ -357,7 +362,7 @@ impl Config {
             Some(node) if *node != named => Err(format!(
                 "node: is {node}, but the certificate {cert} is for {named}: they must be the same"
             )),
-            _ => Ok(named),
+            _ => Ok((tls, named)),
         }
     }
 }

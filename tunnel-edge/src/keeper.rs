@@ -22,7 +22,6 @@ use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     sync::watch,
-    task::JoinSet,
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -40,6 +39,7 @@ use crate::{
     backoff::Backoff,
     cluster::{Purpose, SharedCluster, Step, Tally, Turn},
     config::Config,
+    daemon::tasks::TaskSet,
     destinations::Destinations,
     generation::Generations,
     link::{self, Phase, Place, Serving},
@@ -92,7 +92,7 @@ pub(crate) struct Keeper<'a, N: Network> {
     /// Cancelled when this process shall drain.
     shutdown: CancellationToken,
     /// All its links that have not ended: the newest, and older ones that drain.
-    links: JoinSet<()>,
+    links: TaskSet,
 }
 
 /// Whom an attempt is for.
@@ -133,7 +133,8 @@ impl<'a, N: Network> Keeper<'a, N> {
         let changes = edge.cluster.changes();
         let backoff = Backoff::new(edge.config.backoff.min);
         let rng = SmallRng::seed_from_u64(seed);
-        Self { edge, seat, in_use, changes, backoff, drained: 0, rng, shutdown, links: JoinSet::new() }
+        let links = TaskSet::new("a link", &edge.metrics.panics);
+        Self { edge, seat, in_use, changes, backoff, drained: 0, rng, shutdown, links }
     }
 
     /// Keeps its link until shutdown, then waits until all its links have drained. Dropping the future ends them at once.
@@ -146,7 +147,7 @@ impl<'a, N: Network> Keeper<'a, N> {
             () = self.keep_linked() => {}
         }
         // Each link drains by itself, and is bounded by the drain timeout.
-        while self.links.join_next().await.is_some() {}
+        self.links.all_ended().await;
     }
 
     /// Cancel-safe: links are owned by their tasks.
@@ -437,7 +438,7 @@ impl<'a, N: Network> Keeper<'a, N> {
         place: Option<Place>,
     ) -> (watch::Receiver<Phase>, CancellationToken) {
         // Those that have ended by now are not kept.
-        while self.links.try_join_next().is_some() {}
+        self.links.reap();
         let (sender, phase) = watch::channel(Phase::Up);
         let retire = CancellationToken::new();
         let edge = self.edge;

@@ -17,6 +17,8 @@
 //! Everything that leaves the process goes through [`network::Network`], so that a simulation can put its own network
 //! below; time is tokio's and all randomness comes from one seed. [`daemon`] has what is not about edges at all.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::disallowed_types))]
+
 pub mod agent;
 mod backoff;
 pub mod cli;
@@ -38,4 +40,4 @@ mod stream;
 mod uplink;
 
 pub use agent::Agent;
-pub use process::{RunError, run};
+pub use process::run;

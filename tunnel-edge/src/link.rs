@@ -9,11 +9,10 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
-    task::{JoinError, JoinSet},
     time::{Instant, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 use tunnel_core::{
     Host, Link, LinkError, LinkEvent, LinkHandle,
     proto::{
@@ -24,6 +23,7 @@ use tunnel_core::{
 
 use crate::{
     cluster::SharedCluster,
+    daemon::tasks::TaskSet,
     metrics::Metrics,
     network::Network,
     status::LinkUp,
@@ -58,23 +58,30 @@ pub(crate) struct Serving<N: Network> {
     /// The gateway's address, for the log.
     pub(crate) gateway: String,
     pub(crate) dialing: Arc<Dialing<N>>,
+    /// Its place in the cluster, where there is a use for it. Given back before the keeper hears of the end, which asks the
+    /// cluster then; so it stands before `phase`.
+    pub(crate) place: Option<Place>,
     pub(crate) phase: watch::Sender<Phase>,
     /// Cancelled when this process shall drain.
     pub(crate) shutdown: CancellationToken,
     /// Cancelled when there is a newer link.
     pub(crate) retire: CancellationToken,
-    /// Its place in the cluster, where there is a use for it.
-    pub(crate) place: Option<Place>,
     pub(crate) drain_timeout: Duration,
     pub(crate) up: LinkUp,
     pub(crate) metrics: Metrics,
 }
 
-/// What a link tells the cluster's keeper of seats.
+/// What a link tells the cluster's keeper of seats. Given back when dropped.
 pub(crate) struct Place {
     pub(crate) cluster: SharedCluster,
     /// The link's number there.
     pub(crate) link: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.cluster.lost(self.link);
+    }
 }
 
 /// Serves a link until it has ended, and all its streams with it.
@@ -82,7 +89,7 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     let begun = Instant::now();
     let mut session = Session {
         handle: link.handle(),
-        streams: JoinSet::new(),
+        streams: TaskSet::new("a stream", &serving.metrics.panics),
         own_names: serving.dialing.own_names(&welcome.granted),
         granted: welcome.granted,
         stop: CancellationToken::new(),
@@ -105,9 +112,7 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     metrics.link_lost(end.label());
     up.lost(format!("{gateway}: link lost: {end}"));
     // Before the keeper hears of it, which asks the cluster then.
-    if let Some(place) = place {
-        place.cluster.lost(place.link);
-    }
+    drop(place);
     phase.send_replace(Phase::Ended);
     // The link's end has aborted the streams, each with its reason. One that had all its bytes may still hand them to its
     // target, for as long as this process has.
@@ -118,15 +123,15 @@ pub(crate) async fn serve<N: Network>(mut link: Link, welcome: Welcome, serving:
     tokio::select! {
         // All streams gone goes first: then there is nothing to be late for.
         biased;
-        () = async { while streams.join_next().await.is_some() {} } => {}
+        () = streams.all_ended() => {}
         () = too_late => stop.cancel(),
     }
-    while streams.join_next().await.is_some() {}
+    streams.all_ended().await;
 }
 
 struct Session<N: Network> {
     handle: LinkHandle,
-    streams: JoinSet<()>,
+    streams: TaskSet,
     granted: Vec<String>,
     own_names: Arc<[Host]>,
     /// Ends every stream.
@@ -180,7 +185,7 @@ impl<N: Network> Session<N> {
                     LinkEvent::Holdings(_) | LinkEvent::Gateway(_) => {}
                     LinkEvent::Closed(error) => return error,
                 },
-                Some(ended) = self.streams.join_next() => self.stream_ended(ended),
+                Some(()) = self.streams.next_ended() => self.close_if_idle(),
                 () = sleep_until(self.drain.deadline.unwrap_or_else(Instant::now)), if self.drain.deadline.is_some() => {
                     self.deadline_passed();
                 }
@@ -268,13 +273,6 @@ impl<N: Network> Session<N> {
             *phase = next.max(*phase);
             moves
         });
-    }
-
-    fn stream_ended(&mut self, ended: Result<(), JoinError>) {
-        if let Err(error) = ended {
-            error!(%error, "a stream's task failed; its connection was reset");
-        }
-        self.close_if_idle();
     }
 
     fn close_if_idle(&mut self) {

@@ -10,6 +10,8 @@ use prometheus_client::{
 };
 use tunnel_core::{Relayed, proto::messages::RefusalCode};
 
+use crate::daemon::log::limit::Limits;
+
 /// Upper bounds of the dial histogram's buckets, in seconds: a kubelet on loopback to a dial time-out.
 const DIAL_BUCKETS: [f64; 10] = [0.000_5, 0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
 
@@ -49,6 +51,10 @@ pub struct Metrics {
     pub(crate) streams_opened: Counter,
     /// When the certificate that is in use expires, as Unix time.
     pub(crate) certificate_expiry: Gauge,
+    /// Tasks that panicked, each alone.
+    pub(crate) panics: Counter,
+    /// Which lines about refused streams are logged.
+    pub(crate) lines: Limits,
     connect_failures: Family<Cause, Counter>,
     links_lost: Family<Cause, Counter>,
     streams_refused: Family<Code, Counter>,
@@ -70,6 +76,8 @@ impl Metrics {
             streams_active: Gauge::default(),
             streams_opened: Counter::default(),
             certificate_expiry: Gauge::default(),
+            panics: Counter::default(),
+            lines: Limits::default(),
             connect_failures: Family::default(),
             links_lost: Family::default(),
             streams_refused: Family::default(),
@@ -111,6 +119,12 @@ impl Metrics {
             "connect_failures",
             "Attempts to get a link that failed, by cause",
             metrics.connect_failures.clone(),
+        );
+        metrics.lines.register(edge);
+        edge.register(
+            "panics",
+            "Links and streams that a panic has ended, which is a defect",
+            metrics.panics.clone(),
         );
         edge.register("links_lost", "Links that were up and ended, by cause", metrics.links_lost.clone());
         edge.register("streams_active", "Streams that are being relayed", metrics.streams_active.clone());
@@ -163,7 +177,7 @@ impl Metrics {
     }
 }
 
-fn refusal_label(code: RefusalCode) -> &'static str {
+pub(crate) fn refusal_label(code: RefusalCode) -> &'static str {
     match code {
         RefusalCode::Unspecified => "unspecified",
         RefusalCode::Malformed => "malformed",

@@ -1,115 +1,69 @@
-//! The process: wires credentials, metrics, admin endpoint and signals to an [`Agent`]. Called by `main` only.
+//! The process: wires credentials and metrics to an [`Agent`], within the frame that both programs have. Called by `main`
+//! only.
 
-use std::{io, net::SocketAddr, process::ExitCode};
+use std::{net::SocketAddr, process::ExitCode};
 
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio::runtime;
 use tracing::{info, warn};
-use tunnel_core::{
-    NodeId,
-    tls::{ClientTls, Domain, TlsError},
-};
+use tunnel_core::NodeId;
 
 use crate::{
     agent::Agent,
     config::Config,
     daemon::{
-        admin, descriptors,
-        log::{self, LogError},
-        signal::Signals,
+        descriptors,
+        process::{self, AdminError, Frame, FrameError, Process},
+        tasks::Failure,
     },
     metrics::Metrics,
     network::SystemNetwork,
+    status::AgentStatus,
 };
 
-/// Why an edge does not start.
+/// Why an edge cannot run.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// Logs cannot be set up.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// The runtime or the signals are not to be had.
-    #[error("the process cannot be set up: {0}")]
-    Setup(io::Error),
-    /// The credentials cannot be used.
-    #[error("tls: {0}")]
-    Tls(#[from] TlsError),
-    /// The credentials are not for this node.
+enum RunError {
     #[error("{0}")]
-    Identity(String),
-    /// The admin endpoint cannot listen.
-    #[error("admin.listen: cannot listen on {address}: {error}")]
-    Admin {
-        /// Where it should.
-        address: SocketAddr,
-        /// Why not.
-        error: io::Error,
-    },
+    Credentials(String),
+    #[error(transparent)]
+    Admin(#[from] AdminError),
 }
 
 /// Runs an edge until SIGTERM or SIGINT, then drains; a second signal ends it at once, which is a failure.
 ///
-/// Blocks. Every error is one of starting: once it runs, nothing but a signal ends it.
-pub fn run(config: Config) -> Result<ExitCode, RunError> {
-    log::init(&config.log)?;
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Setup)?;
-    runtime.block_on(serve(config))
+/// Blocks. Once there is a log, what goes wrong is in the log, and the exit code says that something did.
+pub fn run(config: Config) -> Result<ExitCode, FrameError> {
+    let frame = Frame { metrics: "tunnel_edge", log: config.log.clone(), drain: config.drain_timeout };
+    let mut runtime = runtime::Builder::new_current_thread();
+    process::run(&frame, &mut runtime, async |process| serve(config, process).await)
 }
 
-async fn serve(mut config: Config) -> Result<ExitCode, RunError> {
-    let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
-    let signals = Signals::install().map_err(RunError::Setup)?;
-    let node = config.check_files().map_err(RunError::Identity)?;
-    let tls = ClientTls::load(Domain::Edge, config.tls.clone())?;
-    let listener = match config.admin {
-        Some(address) => {
-            let listener = TcpListener::bind(address).await;
-            Some(listener.map_err(|error| RunError::Admin { address, error })?)
-        }
-        None => None,
-    };
+async fn serve(mut config: Config, process: &mut Process<'_>) -> Result<Result<(), Failure>, RunError> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let status = AgentStatus::new();
+    let (ready, panics) = (status.clone(), metrics.panics.clone());
+    let admin = process.serve_admin(config.admin, registry, panics, move || ready.ready())?;
+    let files = [&config.tls.cert, &config.tls.key, &config.tls.ca].map(Clone::clone);
+    let load = || config.load_credentials().map_err(RunError::Credentials);
+    let Some((tls, node)) = process.credentials(&files, load).await? else { return Ok(Ok(())) };
     config.node = Some(node.clone());
-    announce(&config, &node, listener.as_ref());
+    announce(&config, &node, admin);
     if let Some(shortage) = descriptors::shortage(descriptors::raise(), &config.descriptors()) {
         warn!("{shortage}");
     }
-
-    let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
-    let agent = Agent::new(config, tls, SystemNetwork, rand::random(), metrics);
-    let status = agent.status();
-    let admin_stop = CancellationToken::new();
-    let admin = listener.map(|listener| {
-        let ready = move || status.ready();
-        AbortOnDropHandle::new(tokio::spawn(admin::serve(listener, ready, registry, admin_stop.clone())))
-    });
-    let _signals = AbortOnDropHandle::new(tokio::spawn(signals.run(drain.clone(), stop.clone())));
-    let code = tokio::select! {
-        // A second signal means now, whatever else is done.
-        biased;
-        () = stop.cancelled() => {
-            warn!("stopped before the drain was complete; streams that still ran were cut");
-            ExitCode::FAILURE
-        }
-        () = agent.run(drain) => ExitCode::SUCCESS,
-    };
-    // Probes are answered until the drain has ended.
-    admin_stop.cancel();
-    if let Some(admin) = admin {
-        let _ = admin.await;
-    }
-    Ok(code)
+    let agent = Agent::new(config, tls, SystemNetwork, rand::random(), metrics).with_status(status);
+    process.works();
+    Ok(agent.run(process.drain.clone()).await)
 }
 
 /// What a person wants to know first, in the first line of the log.
-fn announce(config: &Config, node: &NodeId, admin: Option<&TcpListener>) {
+fn announce(config: &Config, node: &NodeId, admin: Option<SocketAddr>) {
     let list = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>().join(", ");
     let version = env!("CARGO_PKG_VERSION");
     let gateways = list(&mut config.gateways.iter().map(ToString::to_string));
     let allow = list(&mut config.policy.rules().iter().map(ToString::to_string));
-    let admin =
-        admin.and_then(|listener| listener.local_addr().ok()).map(|address| format!("http://{address}"));
+    let admin = admin.map(|address| format!("http://{address}"));
     info!(version, %node, gateways, allow, proxy = %config.proxy, admin, "tunnel-edge starts");
 }

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::metrics::Metrics;
+use crate::{daemon::tasks::Vital, metrics::Metrics};
 
 /// Says whether an agent holds a link. Cheap to clone; outlives the agent harmlessly.
 #[derive(Clone, Debug)]
-pub struct AgentStatus(Arc<Mutex<State>>);
+pub struct AgentStatus {
+    state: Arc<Mutex<State>>,
+    vital: Vital,
+}
 
 #[derive(Debug)]
 struct State {
@@ -23,12 +26,20 @@ struct State {
 
 impl AgentStatus {
     pub(crate) fn new() -> Self {
-        Self(Arc::new(Mutex::new(State { links: 0, since: Instant::now(), last_error: None })))
+        let state = State { links: 0, since: Instant::now(), last_error: None };
+        Self { state: Arc::new(Mutex::new(state)), vital: Vital::default() }
     }
 
-    /// `Ok` while at least one link is up; otherwise for how long there has been none, and why, for people.
+    /// What watches the tasks that the agent cannot do without.
+    pub(crate) fn vital(&self) -> &Vital {
+        &self.vital
+    }
+
+    /// `Ok` while at least one link is up; otherwise for how long there has been none, and why, for people. Not ready either
+    /// once the agent has failed.
     pub fn ready(&self) -> Result<(), String> {
-        let state = self.0.lock();
+        self.vital.check().map_err(|failure| failure.to_string())?;
+        let state = self.state.lock();
         if state.links > 0 {
             return Ok(());
         }
@@ -37,17 +48,17 @@ impl AgentStatus {
     }
 
     pub(crate) fn failed(&self, cause: String) {
-        self.0.lock().last_error = Some(cause);
+        self.state.lock().last_error = Some(cause);
     }
 
     /// Links that new streams may come over.
     pub(crate) fn links(&self) -> usize {
-        self.0.lock().links
+        self.state.lock().links
     }
 
     /// Counts a link until the returned value is dropped, in the metrics, and here until a newer one takes over.
     pub(crate) fn link_up(&self, metrics: &Metrics) -> LinkUp {
-        self.0.lock().links += 1;
+        self.state.lock().links += 1;
         metrics.links.inc();
         LinkUp { status: self.clone(), metrics: metrics.clone(), serving: true, draining: false }
     }
@@ -77,7 +88,7 @@ impl LinkUp {
 
     fn stop_serving(&mut self) {
         if std::mem::take(&mut self.serving) {
-            let mut state = self.status.0.lock();
+            let mut state = self.status.state.lock();
             state.links -= 1;
             state.since = Instant::now();
         }

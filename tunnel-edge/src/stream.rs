@@ -18,7 +18,7 @@ use tunnel_core::{
 use crate::{
     config::Config,
     dial::{self, dial},
-    metrics::Metrics,
+    metrics::{Metrics, refusal_label},
     network::Network,
     policy::Policy,
 };
@@ -152,13 +152,15 @@ pub(crate) async fn serve<N: Network>(
 async fn refuse<N: Network>(dialing: &Dialing<N>, wanted: &Wanted, pending: PendingStream, refusal: Refusal) {
     let Refusal(code, text) = refusal;
     dialing.metrics.stream_refused(code);
-    info!(
-        request_id = wanted.request_id,
-        target = wanted.target,
-        caller = wanted.caller,
-        cause = text,
-        "stream refused"
-    );
+    if dialing.metrics.lines.admit(refusal_label(code), &wanted.caller) {
+        info!(
+            request_id = wanted.request_id,
+            target = wanted.target,
+            caller = wanted.caller,
+            cause = text,
+            "stream refused"
+        );
+    }
     if let Err(error) = pending.refuse(code, &text).await {
         debug!(request_id = wanted.request_id, %error, "the refusal did not reach the opener");
     }

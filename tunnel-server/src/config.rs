@@ -495,6 +495,24 @@ impl Config {
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 
+    /// All files with credentials that it names, whose own names are known from the start.
+    pub(crate) fn credential_files(&self) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        let mut add = |path: &PathBuf| files.push(path.clone());
+        let tcp = self.ingress.tcp.as_ref().map(|tcp| &tcp.tls);
+        let peers = self.peers.as_ref().map(|peers| &peers.tls);
+        for Files { cert, key, ca } in [Some(&self.edges.tls), tcp, peers].into_iter().flatten() {
+            [cert, key, ca].into_iter().for_each(&mut add);
+        }
+        if let Some(Finding::Etcd(etcd, _)) = self.peers.as_ref().map(|peers| &peers.finding) {
+            etcd.files().for_each(&mut add);
+        }
+        if let Some(Access::Kubeconfig(path)) = &self.cluster {
+            add(path);
+        }
+        files
+    }
+
     /// Where one CA serves both sides, its certificates alone do not tell a client from an edge.
     pub(crate) fn shared_ca(&self) -> Option<String> {
         let tcp = self.ingress.tcp.as_ref()?;

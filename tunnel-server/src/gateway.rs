@@ -9,10 +9,9 @@
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use prometheus_client::registry::Registry as MetricsRegistry;
+use prometheus_client::{metrics::counter::Counter, registry::Registry as MetricsRegistry};
 use tokio::{
     sync::watch,
-    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -21,7 +20,10 @@ use tunnel_core::{
     GatewayId, InstanceId, LinkConfig, Target, Timeouts,
     tls::{ClientTls, Domain, ServerTls, TlsError},
 };
-use tunnel_edge::network::{Network, SystemNetwork};
+use tunnel_edge::{
+    daemon::tasks::{Failure, TaskSet, Vital},
+    network::{Network, SystemNetwork},
+};
 
 use crate::{
     cluster::{Access, ClusterWatch},
@@ -33,7 +35,7 @@ use crate::{
     },
     grants::{Grants, SharedGrants},
     ingress::{Ingress, IngressSettings},
-    listener::{Accept, Places, accept_loop, report_panic},
+    listener::{Accept, Places, accept_loop},
     metrics::Metrics,
     peers::{
         Member, discovery,
@@ -173,6 +175,7 @@ pub struct Gateway {
     metrics: Metrics,
     ingress: Arc<Ingress>,
     stages: Stages,
+    vital: Vital,
     router: Router,
     peering: Option<Peering>,
     ingress_doors: Vec<Task>,
@@ -224,6 +227,7 @@ struct Stages {
 /// Tells whether a gateway takes new work. Cheap to clone; outlives the gateway.
 #[derive(Clone, Debug)]
 pub struct Readiness {
+    vital: Vital,
     leaving: CancellationToken,
     grants: SharedGrants,
     nodes_awaited: Option<Instant>,
@@ -234,6 +238,7 @@ pub struct Readiness {
 impl Readiness {
     /// Why not, in one line.
     pub fn check(&self) -> Result<(), String> {
+        self.vital.check().map_err(|failure| failure.to_string())?;
         if self.leaving.is_cancelled() {
             return Err("draining: this gateway is about to leave".to_owned());
         }
@@ -332,6 +337,7 @@ impl Gateway {
             settings,
             metrics,
             stages,
+            vital: Vital::default(),
             router,
             peering,
             ingress_doors: Vec::new(),
@@ -359,8 +365,8 @@ impl Gateway {
         let serve = move |conn, peer, guest| edges.clone().serve(conn, peer, guest);
         // Links are counted by the registry; a few more connections may be on their way to become some.
         let places = self.places(Domain::Edge, edge_places(self.settings.links.total));
-        let stop = self.stages.leaving.clone();
-        self.edge_doors.push(Box::pin(accept_loop(door, "edges", places, stop, serve)));
+        let (stop, owners) = (self.stages.leaving.clone(), self.owners("an edge's connection"));
+        self.edge_doors.push(Box::pin(accept_loop(door, "edges", places, stop, owners, serve)));
         self.credentials.push(Credentials::Server(tls));
     }
 
@@ -370,8 +376,8 @@ impl Gateway {
         let serve =
             move |conn, peer, guest| ingress.clone().serve_tls(credentials.clone(), conn, peer, guest);
         let places = self.places(Domain::ControlPlane, self.settings.max_ingress_connections);
-        let stop = self.stages.draining.clone();
-        self.ingress_doors.push(Box::pin(accept_loop(door, "ingress", places, stop, serve)));
+        let (stop, owners) = (self.stages.draining.clone(), self.owners("a connection of the control plane"));
+        self.ingress_doors.push(Box::pin(accept_loop(door, "ingress", places, stop, owners, serve)));
         self.credentials.push(Credentials::Server(tls));
     }
 
@@ -409,28 +415,30 @@ impl Gateway {
         });
         let serve = move |conn, peer, guest| peers.clone().serve(conn, peer, guest);
         let places = self.places(Domain::Peer, peering.settings.max_links);
-        let accepting = accept_loop(door, "peers", places, stages.closing.clone(), serve);
-        self.peer_tasks.push(Box::pin(accepting));
+        let (closing, owners) = (stages.closing.clone(), self.owners("a peer's connection"));
+        let accepting: Task = Box::pin(accept_loop(door, "peers", places, closing.clone(), owners, serve));
         let (found, members) = match &peering.meeting {
             Meeting::List(list) => {
                 let (found, members) = watch::channel(Vec::new());
                 let (list, stop) = (list.clone(), stages.closing.clone());
                 let looking = async move {
-                    stop.run_until_cancelled(discovery::run(list, found, discovery::system)).await
+                    let looking = discovery::run(list, found, discovery::system);
+                    stop.run_until_cancelled(looking).await.unwrap_or_default();
                 };
-                (Box::pin(async { looking.await.unwrap_or_default() }) as Task, members)
+                (self.vital_task("discovery", closing.clone(), looking), members)
             }
             Meeting::Etcd(etcd) => {
                 let (etcd, news) = (etcd.clone(), News::of(&self.registry));
                 let members = etcd.members();
-                (Box::pin(etcd.run(news, stages.closing.clone())) as Task, members)
+                let running = etcd.run(news, closing.clone());
+                (self.vital_task("directory", closing.clone(), running), members)
             }
         };
-        self.peer_tasks.push(found);
         let seed = u64::from(self.settings.request_seed);
         let meshing =
             peering.mesh.clone().run(network, members, client_tls.clone(), seed, stages.closing.clone());
-        self.peer_tasks.push(Box::pin(meshing));
+        let meshing = self.vital_task("mesh", closing, meshing);
+        self.peer_tasks.extend([accepting, found, meshing]);
         self.credentials.push(Credentials::Server(server_tls));
         self.credentials.push(Credentials::Client(client_tls));
     }
@@ -455,21 +463,43 @@ impl Gateway {
         // Not an async block, which would have room for the future twice: there may be many.
         let serve = move |conn, peer, guest| ingress.clone().serve_plain(conn, peer).map(|()| drop(guest));
         let places = Places::open(self.settings.max_ingress_connections);
-        let stop = self.stages.draining.clone();
-        self.ingress_doors.push(Box::pin(accept_loop(door, "unix ingress", places, stop, serve)));
+        let (stop, owners) = (self.stages.draining.clone(), self.owners("a connection of the control plane"));
+        self.ingress_doors.push(Box::pin(accept_loop(door, "unix ingress", places, stop, owners, serve)));
+    }
+
+    /// Who answers for a door, and who for its connections.
+    fn owners(&self, connection: &'static str) -> (Vital, TaskSet) {
+        (self.vital.clone(), TaskSet::new(connection, &self.metrics.panics))
+    }
+
+    /// A task without which this gateway is of no use; it ends when `stop` is cancelled, and not before.
+    fn vital_task(
+        &self,
+        what: &'static str,
+        stop: CancellationToken,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) -> Task {
+        let vital = self.vital.clone();
+        Box::pin(async move { vital.watch(what, &stop, task).await })
     }
 
     /// Grants the nodes of a cluster what is theirs, beside what the settings grant.
     pub fn watch_cluster(&mut self, access: Access) {
         let (configured, grants) = (self.settings.grants.clone(), self.grants.clone());
         let watch = ClusterWatch::new(access, configured, grants, self.metrics.clone());
-        self.cluster = Some(Box::pin(watch.run()));
+        self.cluster = Some(self.vital_task("cluster", CancellationToken::new(), watch.run()));
         self.nodes_awaited = Some(Instant::now() + NODES_AWAITED);
+    }
+
+    /// Counts tasks that panicked, each alone.
+    pub(crate) fn panics(&self) -> &Counter {
+        &self.metrics.panics
     }
 
     /// Whether it takes new work, as long as it runs.
     pub fn readiness(&self) -> Readiness {
         Readiness {
+            vital: self.vital.clone(),
             leaving: self.stages.leaving.clone(),
             grants: self.grants.clone(),
             nodes_awaited: self.nodes_awaited,
@@ -480,24 +510,40 @@ impl Gateway {
         }
     }
 
-    /// Serves until `shutdown`, then drains and returns; see the module's text.
+    /// Serves until `shutdown`, then drains and returns; see the module's text. It does the same by itself, and says why,
+    /// if a task fails that it cannot do without.
     ///
     /// Dropping the future ends everything at once: streams are reset, links are dropped.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Failure> {
         let Self { settings, stages, ingress_doors, edge_doors, peer_tasks, credentials, .. } = self;
-        let (registry, peering, cluster) = (self.registry, self.peering, self.cluster);
-        // A task of its own: should it fail, what it knew stays in force.
-        let mut cluster = spawn_all(cluster.into_iter().collect());
+        let (registry, peering, vital) = (self.registry, self.peering, self.vital);
+        let spawn_all = |tasks: Vec<Task>| {
+            let mut set = TaskSet::new("a gateway's task", &self.metrics.panics);
+            for task in tasks {
+                set.spawn(task);
+            }
+            set
+        };
+        let mut cluster = spawn_all(self.cluster.into_iter().collect());
         let mut ingress = spawn_all(ingress_doors);
         let mut edges = spawn_all(edge_doors);
         let mut peers = spawn_all(peer_tasks);
-        let reload = reload_credentials(&credentials);
-        let watched = async {
-            all_ended(&mut cluster).await;
+        let never = CancellationToken::new();
+        let background = async {
+            tokio::join!(
+                vital.watch("credentials", &never, reload_credentials(&credentials)),
+                vital.watch("log limits", &never, self.metrics.lines.renew()),
+            );
+            // The gateway drains now.
             std::future::pending::<()>().await;
         };
         let serve = async {
-            shutdown.cancelled().await;
+            tokio::select! {
+                // Why it leaves is said where it is known.
+                biased;
+                () = vital.failed() => {}
+                () = shutdown.cancelled() => {}
+            }
             stages.leaving.cancel();
             if !settings.drain_delay.is_zero() {
                 info!(
@@ -509,7 +555,7 @@ impl Gateway {
             info!(timeout_s = settings.drain_timeout.as_secs(), "draining: nothing new is taken");
             stages.draining.cancel();
             let idle = async {
-                all_ended(&mut ingress).await;
+                ingress.all_ended().await;
                 if let Some(peering) = &peering {
                     peering.until_unneeded(&registry).await;
                 }
@@ -525,16 +571,17 @@ impl Gateway {
             info!("drained");
         };
         tokio::select! {
-            // The way out goes before new credentials and new nodes, which nobody needs any more.
+            // The way out goes before new credentials, which nobody needs any more.
             biased;
             () = serve => {}
-            () = reload => {}
-            () = watched => {}
+            () = background => {}
         }
+        self.metrics.lines.sum_up();
         // It may be stuck in a credential plugin, which kube runs in the task itself to renew a token.
         if timeout(LAST_WORDS, cluster.shutdown()).await.is_err() {
             warn!("the watch of the nodes did not end in time, and is left behind");
         }
+        vital.check()
     }
 }
 
@@ -606,23 +653,9 @@ fn ingress_settings(settings: &GatewaySettings) -> IngressSettings {
     }
 }
 
-fn spawn_all(tasks: Vec<Task>) -> JoinSet<()> {
-    let mut set = JoinSet::new();
-    for task in tasks {
-        set.spawn(task);
-    }
-    set
-}
-
-async fn all_ended(tasks: &mut JoinSet<()>) {
-    while let Some(ended) = tasks.join_next().await {
-        report_panic("a gateway's task", ended);
-    }
-}
-
 /// Waits for tasks that were told to end; those that do not are dropped, which ends what they own.
-async fn wait_or_drop(tasks: &mut JoinSet<()>, what: &'static str) {
-    if timeout(LAST_WORDS, all_ended(tasks)).await.is_err() {
+async fn wait_or_drop(tasks: &mut TaskSet, what: &'static str) {
+    if timeout(LAST_WORDS, tasks.all_ended()).await.is_err() {
         warn!(what, "some did not end in time, and are dropped");
         tasks.shutdown().await;
     }

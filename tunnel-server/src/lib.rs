@@ -20,9 +20,16 @@
 //! [`Gateway::run`]. Time is tokio's, randomness comes from outside, and doors are [`Accept`], so that a simulation runs
 //! the very same gateway on a network of its own.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::disallowed_types))]
+
 pub mod cli;
 mod cluster;
 pub mod config;
+#[allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "a playground, which ends with its tasks"
+)]
 pub mod dev;
 mod directory;
 mod edges;
@@ -49,5 +56,5 @@ pub use {
     grants::{Grants, Holder, Identifier, IdentifierError},
     listener::{Accept, PeerAddr, UnixDoor},
     peers::Member,
-    process::{Addresses, BoundGateway, StartError, run},
+    process::run,
 };

@@ -9,7 +9,7 @@ mod places;
 
 use std::{
     fmt, fs, io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -21,17 +21,17 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, UnixListener},
     sync::OwnedSemaphorePermit,
-    task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 use tunnel_core::{
     Leg, ReadAhead, Socket, UnixSocket,
     proto::{ALPN_EDGE, ALPN_PEER},
     tls::{self, Domain, ServerTls},
 };
+use tunnel_edge::daemon::tasks::{TaskSet, Vital};
 
 use tunnel_edge::daemon::accept::Pause;
 
@@ -45,6 +45,9 @@ pub(crate) const MAX_HANDSHAKE: usize = 2 * MAX_CLIENT_HELLO;
 /// How long, and for how many bytes, a refused connection is read on, so that a reset does not overtake the refusal.
 const FAREWELL: Duration = Duration::from_secs(1);
 const FAREWELL_BYTES: usize = 256 * 1024;
+
+/// The part of an IPv6 address that is one customer's network.
+const NETWORK: u128 = u128::MAX << 64;
 
 /// Where connections come from.
 pub trait Accept: Send + 'static {
@@ -75,6 +78,20 @@ impl fmt::Display for PeerAddr {
             Self::Ip(address) => address.fmt(f),
             Self::Unix { uid, pid: Some(pid) } => write!(f, "uid:{uid}/pid:{pid}"),
             Self::Unix { uid, pid: None } => write!(f, "uid:{uid}"),
+        }
+    }
+}
+
+impl PeerAddr {
+    /// Who this is as a source of lines in the log: without the port, and of IPv6 the network, whose addresses cost nothing.
+    pub(crate) fn source(self) -> IpAddr {
+        match self {
+            Self::Ip(address) => match address.ip().to_canonical() {
+                IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & NETWORK).into(),
+                address @ IpAddr::V4(_) => address,
+            },
+            // All that a Unix socket's file lets in.
+            Self::Unix { .. } => Ipv4Addr::LOCALHOST.into(),
         }
     }
 }
@@ -162,29 +179,42 @@ impl Accept for UnixDoor {
 
 /// Takes connections until `stop`, each served by a task of its own, then waits until all of them are served.
 ///
-/// At most as many are served at once as there are `places`. Dropping the future drops every connection.
+/// At most as many are served at once as there are `places`. If the door fails, that is a failure of what `vital` watches,
+/// whose drain then ends the connections. Dropping the future drops every connection.
 pub(crate) async fn accept_loop<A, F>(
-    mut door: A,
+    door: A,
     name: &'static str,
     places: Arc<Places>,
     stop: CancellationToken,
+    (vital, mut connections): (Vital, TaskSet),
     serve: impl Fn(A::Conn, PeerAddr, Guest) -> F,
 ) where
     A: Accept,
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut connections = JoinSet::new();
+    vital.watch(name, &stop, accept(door, name, &places, &stop, &mut connections, serve)).await;
+    connections.all_ended().await;
+}
+
+async fn accept<A, F>(
+    mut door: A,
+    name: &'static str,
+    places: &Arc<Places>,
+    stop: &CancellationToken,
+    connections: &mut TaskSet,
+    serve: impl Fn(A::Conn, PeerAddr, Guest) -> F,
+) where
+    A: Accept,
+    F: Future<Output = ()> + Send + 'static,
+{
     let mut pause = Pause::default();
     loop {
         tokio::select! {
             // The end comes first; then places are freed before new ones are taken.
             biased;
             () = stop.cancelled() => break,
-            Some(ended) = connections.join_next() => {
-                report_panic(name, ended);
-                pause.cut_short();
-            }
-            accepted = next_connection(&mut door, &places, &pause) => match accepted {
+            Some(()) = connections.next_ended() => pause.cut_short(),
+            accepted = next_connection(&mut door, places, &pause) => match accepted {
                 Ok((conn, peer, place)) => {
                     pause.forget();
                     places.enter(peer, place, |guest| connections.spawn(serve(conn, peer, guest)));
@@ -197,10 +227,6 @@ pub(crate) async fn accept_loop<A, F>(
                 }
             },
         }
-    }
-    drop(door);
-    while let Some(ended) = connections.join_next().await {
-        report_panic(name, ended);
     }
 }
 
@@ -218,15 +244,6 @@ async fn next_connection<A: Accept>(
 fn concerns_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind as Kind;
     matches!(error.kind(), Kind::ConnectionAborted | Kind::ConnectionReset | Kind::Interrupted)
-}
-
-/// One connection's failure must not end the others; a panic is a defect all the same.
-pub(crate) fn report_panic(what: &'static str, ended: Result<(), tokio::task::JoinError>) {
-    if let Err(failure) = ended
-        && failure.is_panic()
-    {
-        error!(what, %failure, "a task panicked: this is a defect, please report it");
-    }
 }
 
 /// The server side of a TLS handshake, within `limit` of when the connection was accepted; then `guest` has its place. A
@@ -263,10 +280,10 @@ pub(crate) async fn handshake<C: Leg + 'static>(
         None => format!("the TLS handshake was not finished within {} ms", limit.as_millis()),
     };
     metrics.handshake_failed(domain, cause);
-    if cause == "closed" {
-        // Load balancers probe ports in this way.
-        debug!(%peer, %domain, "closed before the end of the TLS handshake");
-    } else {
+    if matches!(cause, "closed" | "reset") {
+        // Load balancers and scanners probe ports in this way.
+        debug!(%peer, %domain, cause, "gone before the end of the TLS handshake");
+    } else if metrics.lines.admit(cause, peer.source()) {
         warn!(%peer, %domain, cause = text, "TLS handshake failed");
     }
     if let Some(conn) = conn {
@@ -358,7 +375,9 @@ async fn of_its_protocol<C: Leg + 'static>(
         return Some(stream);
     }
     metrics.handshake_failed(domain, "alpn");
-    warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of {of}");
+    if metrics.lines.admit("alpn", peer.source()) {
+        warn!(%peer, "refused: the client does not ask for the application protocol (ALPN) of {of}");
+    }
     guest.falls_silent();
     say_farewell(stream).await;
     None
@@ -390,6 +409,7 @@ mod tests {
         sync::atomic::{AtomicUsize, Ordering::Relaxed},
     };
 
+    use prometheus_client::metrics::counter::Counter;
     use tokio::{net::UnixStream, time::sleep};
 
     use super::*;
@@ -408,6 +428,10 @@ mod tests {
         }
     }
 
+    fn owners() -> (Vital, TaskSet) {
+        (Vital::default(), TaskSet::new("a connection", &Counter::default()))
+    }
+
     fn connection() -> io::Result<UnixSocket> {
         UnixStream::pair().map(|(near, _)| UnixSocket::new(near))
     }
@@ -418,7 +442,7 @@ mod tests {
         let failures = (0..1000).map(|_| Err(io::Error::other("too many open files"))).collect();
         let door = Scripted(failures, tries.clone());
         let stop = CancellationToken::new();
-        let looping = accept_loop(door, "test", Places::open(1), stop, |_, _, _| async {});
+        let looping = accept_loop(door, "test", Places::open(1), stop, owners(), |_, _, _| async {});
         let _ = timeout(Duration::from_secs(10), looping).await;
         let tries = tries.load(Relaxed);
         assert!((10..20).contains(&tries), "{tries} tries in ten seconds");
@@ -433,7 +457,7 @@ mod tests {
             sleep(Duration::from_secs(10)).await;
             drop(guest);
         };
-        let looping = tokio::spawn(accept_loop(door, "test", Places::open(2), stop.clone(), serve));
+        let looping = tokio::spawn(accept_loop(door, "test", Places::open(2), stop.clone(), owners(), serve));
         for (seconds, expected) in [(5, 2), (10, 4), (10, 5)] {
             sleep(Duration::from_secs(seconds)).await;
             assert_eq!(taken.load(Relaxed), expected);
@@ -525,7 +549,7 @@ mod tests {
             }
         };
         let stop = CancellationToken::new();
-        let looping = accept_loop(door, "test", Places::open(200), stop, serve);
+        let looping = accept_loop(door, "test", Places::open(200), stop, owners(), serve);
         let _ = timeout(Duration::from_millis(7 * 9 + 3), looping).await;
         assert_eq!(taken.load(Relaxed), 110);
     }
@@ -546,7 +570,7 @@ mod tests {
             }
         };
         let places = Places::guarded(9, 9, Domain::Edge, &metrics());
-        let looping = accept_loop(door, "test", places, CancellationToken::new(), serve);
+        let looping = accept_loop(door, "test", places, CancellationToken::new(), owners(), serve);
         let _ = timeout(Duration::from_secs(3601), looping).await;
         // The first one did not get to its end; the others did.
         assert_eq!((taken.load(Relaxed), served.load(Relaxed)), (4, 3 + 100 + 200));

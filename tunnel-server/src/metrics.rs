@@ -17,6 +17,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use tunnel_core::{RelayEnd, Relayed, proto::yamux::WindowPool, tls::Domain};
+use tunnel_edge::daemon::log::limit::Limits;
 
 /// Upper bounds of the connect histogram's buckets, in seconds: from a node next door to a dial time-out.
 const CONNECT_BUCKETS: [f64; 10] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
@@ -88,6 +89,10 @@ pub(crate) struct Metrics {
     pub(crate) ingress_connections: Gauge,
     /// Links to other gateways.
     pub(crate) peer_links: Gauge,
+    /// Tasks that panicked, each alone.
+    pub(crate) panics: Counter,
+    /// Which lines about strangers are logged.
+    pub(crate) lines: Limits,
     /// Streams of peers that are being handed on.
     pub(crate) forwarded_active: Gauge,
     forwarded: Family<Cause, Counter>,
@@ -115,6 +120,8 @@ impl Metrics {
             cluster_nodes: Gauge::default(),
             ingress_connections: Gauge::default(),
             peer_links: Gauge::default(),
+            panics: Counter::default(),
+            lines: Limits::default(),
             forwarded_active: Gauge::default(),
             forwarded: Family::default(),
             handed_to_peers: Family::default(),
@@ -128,6 +135,7 @@ impl Metrics {
             connect_seconds: Histogram::new(CONNECT_BUCKETS),
             link_rtt: Histogram::new(RTT_BUCKETS),
         };
+        metrics.lines.register(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_links(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_cluster(registry.sub_registry_with_prefix("tunnel_server"));
         metrics.register_peers(registry.sub_registry_with_prefix("tunnel_server"));
@@ -147,6 +155,11 @@ impl Metrics {
             "nodes_with_several_links",
             "Nodes with links of more than one edge process",
             self.nodes_with_several_links.clone(),
+        );
+        server.register(
+            "panics",
+            "Connections and streams that a panic has ended, which is a defect",
+            self.panics.clone(),
         );
         server.register("links_opened", "Links that came up", self.links_opened.clone());
         server.register("links_closed", "Links that ended, by cause", self.links_closed.clone());

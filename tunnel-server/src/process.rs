@@ -1,26 +1,24 @@
-//! The process: credentials, listeners, metrics, admin endpoint and signals around a [`Gateway`]. Called by `main` only,
-//! and by tests that want real ports.
+//! The process: credentials, listeners and metrics around a [`Gateway`], within the frame that both programs have. Called
+//! by `main` only.
 
 use std::{
-    fmt, io,
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry as MetricsRegistry};
-use tokio::net::TcpListener;
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio::{net::TcpListener, runtime};
 use tracing::{info, warn};
 use tunnel_core::{
     LinkConfig, Timeouts,
     tls::{ClientTls, Domain, Files, ServerTls, TlsError},
 };
 use tunnel_edge::daemon::{
-    accept, admin, descriptors,
-    log::{self, LogError},
-    signal::Signals,
+    accept, descriptors,
+    process::{self, AdminError, Frame, FrameError, Process},
+    tasks::Failure,
 };
 
 use crate::{
@@ -32,20 +30,15 @@ use crate::{
     listener::UnixDoor,
 };
 
-/// How long blocking work may take to end when nobody waits for it any more: a credential plugin may hang for ever.
-const LAST_WORK: Duration = Duration::from_secs(1);
 /// Of how many descriptors one is for a connection that has not shown yet who it is, if there are not enough.
 const LEAST_FOR_STRANGERS: usize = 4;
 
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// Logs cannot be set up.
+enum StartError {
+    /// The admin endpoint cannot listen.
     #[error(transparent)]
-    Log(#[from] LogError),
-    /// The runtime or the signals are not to be had.
-    #[error("the process cannot be set up: {0}")]
-    Setup(io::Error),
+    Admin(#[from] AdminError),
     /// A side's credentials cannot be used.
     #[error("{group}: {error}")]
     Tls {
@@ -84,138 +77,102 @@ pub enum StartError {
 }
 
 /// Where a gateway listens, with the ports that the system chose where 0 was asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Addresses {
-    /// For edges.
-    pub edges: SocketAddr,
-    /// For other gateways.
-    pub peers: Option<SocketAddr>,
-    /// For the control plane, over TLS.
-    pub ingress: Option<SocketAddr>,
-    /// For the control plane, on this machine.
-    pub unix: Option<PathBuf>,
-    /// Health, readiness, metrics.
-    pub admin: Option<SocketAddr>,
+struct Addresses {
+    edges: SocketAddr,
+    peers: Option<SocketAddr>,
+    ingress: Option<SocketAddr>,
+    unix: Option<PathBuf>,
+    admin: Option<SocketAddr>,
 }
 
-/// A gateway whose ports are bound. Connections wait in the kernel until it runs.
-pub struct BoundGateway {
-    gateway: Gateway,
-    addresses: Addresses,
-    admin: Option<TcpListener>,
-    metrics: MetricsRegistry,
-}
-
-impl fmt::Debug for BoundGateway {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BoundGateway").field("addresses", &self.addresses).finish_non_exhaustive()
-    }
+/// What each side proves itself by.
+struct Credentials {
+    edges: ServerTls,
+    ingress: Option<ServerTls>,
+    peers: Option<(ServerTls, ClientTls)>,
 }
 
 /// Runs a gateway until SIGTERM or SIGINT, then drains; a second signal ends it at once, which is a failure.
 ///
-/// Blocks. Every error is one of starting: once it runs, nothing but a signal ends it.
-pub fn run(config: &Config) -> Result<ExitCode, StartError> {
-    log::init(&config.log)?;
-    let runtime = tokio::runtime::Runtime::new().map_err(StartError::Setup)?;
-    let ended = runtime.block_on(serve(config));
-    runtime.shutdown_timeout(LAST_WORK);
-    ended
+/// Blocks. Once there is a log, what goes wrong is in the log, and the exit code says that something did.
+pub fn run(config: &Config) -> Result<ExitCode, FrameError> {
+    let drain = config.drain_delay.saturating_add(config.drain_timeout);
+    let frame = Frame { metrics: "tunnel_server", log: config.log.clone(), drain };
+    let mut runtime = runtime::Builder::new_multi_thread();
+    process::run(&frame, &mut runtime, async |process| serve(config, process).await)
 }
 
-async fn serve(config: &Config) -> Result<ExitCode, StartError> {
-    let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
-    let signals = Signals::install().map_err(StartError::Setup)?;
-    let bound = BoundGateway::bind(config, rand::random()).await?;
-    let _signals = AbortOnDropHandle::new(tokio::spawn(signals.run(drain.clone(), stop.clone())));
-    tokio::select! {
-        // A second signal means now, whatever else is done.
-        biased;
-        () = stop.cancelled() => {
-            warn!("stopped before the drain was complete; streams that still ran were cut");
-            Ok(ExitCode::FAILURE)
-        }
-        () = bound.run(drain) => Ok(ExitCode::SUCCESS),
+async fn serve(config: &Config, process: &mut Process<'_>) -> Result<Result<(), Failure>, StartError> {
+    let mut metrics = MetricsRegistry::default();
+    let settings = settings(config, rand::random());
+    let mut gateway = match &config.peers {
+        None => Gateway::new(settings, &mut metrics),
+        Some(peers) => among_peers(config, peers, settings, &mut metrics),
+    };
+    if let Some(access) = &config.cluster {
+        gateway.watch_cluster(access.clone());
     }
+    let readiness = gateway.readiness();
+    let panics = gateway.panics().clone();
+    let admin = process.serve_admin(config.admin, metrics, panics, move || readiness.check())?;
+    let loaded = process.credentials(&config.credential_files(), || Credentials::load(config)).await?;
+    let Some(credentials) = loaded else { return Ok(Ok(())) };
+    let addresses = Addresses { admin, ..open_doors(config, credentials, &mut gateway).await? };
+    announce(config, &addresses);
+    process.works();
+    Ok(gateway.run(process.drain.clone()).await)
 }
 
-impl BoundGateway {
-    /// Reads all credentials, then binds all ports. `request_seed` is random, and sets the ids of the gateway's
-    /// requests apart from those of others.
-    pub async fn bind(config: &Config, request_seed: u32) -> Result<Self, StartError> {
+impl Credentials {
+    /// Reads all that the configuration names, and makes sure that it can be used.
+    fn load(config: &Config) -> Result<Self, StartError> {
         let load = |group, domain, files: &Files| {
             ServerTls::load(domain, files.clone()).map_err(|error| StartError::Tls { group, error })
         };
-        let edges_tls = load("edges", Domain::Edge, &config.edges.tls)?;
         let tcp = config.ingress.tcp.as_ref();
-        let ingress_tls = tcp.map(|tcp| load("ingress", Domain::ControlPlane, &tcp.tls)).transpose()?;
-        let peers_tls = config.peers.as_ref().map(|peers| load_peers(&peers.tls)).transpose()?;
-
+        let credentials = Self {
+            edges: load("edges", Domain::Edge, &config.edges.tls)?,
+            ingress: tcp.map(|tcp| load("ingress", Domain::ControlPlane, &tcp.tls)).transpose()?,
+            peers: config.peers.as_ref().map(|peers| load_peers(&peers.tls)).transpose()?,
+        };
+        if let Some(Finding::Etcd(etcd, _)) = config.peers.as_ref().map(|peers| &peers.finding) {
+            etcd.check_files()?;
+        }
         if let Some(problem) = config.shared_ca() {
             return Err(StartError::SharedCa(problem));
         }
         config.cluster.as_ref().map_or(Ok(()), Access::check)?;
-        let mut metrics = MetricsRegistry::default();
-        let settings = settings(config, request_seed);
-        let mut gateway = match &config.peers {
-            None => Gateway::new(settings, &mut metrics),
-            Some(peers) => among_peers(config, peers, settings, &mut metrics)?,
-        };
-        if let Some(access) = &config.cluster {
-            gateway.watch_cluster(access.clone());
-        }
-        let (listener, edges) = listen("edges.listen", config.edges.listen).await?;
-        gateway.serve_edges(listener, edges_tls);
-        let mut peers = None;
-        if let (Some(config), Some(tls)) = (&config.peers, peers_tls) {
-            let (listener, address) = listen("peers.listen", config.listen).await?;
-            gateway.serve_peers(listener, tls);
-            peers = Some(address);
-        }
-        let mut ingress = None;
-        if let (Some(tcp), Some(tls)) = (tcp, ingress_tls) {
-            let (listener, address) = listen("ingress.listen", tcp.listen).await?;
-            gateway.serve_ingress(listener, tls);
-            ingress = Some(address);
-        }
-        let unix = config.ingress.unix.as_ref().map(|unix| (unix.path.as_path(), unix.mode));
-        if let Some((path, mode)) = unix {
-            gateway.serve_ingress_plain(listen_unix(path, mode)?);
-        }
-        let (admin, admin_address) = match config.admin {
-            Some(address) => {
-                listen("admin.listen", address).await.map(|(door, at)| (Some(door), Some(at)))?
-            }
-            None => (None, None),
-        };
-        let unix = unix.map(|(path, _)| path.to_owned());
-        let addresses = Addresses { edges, peers, ingress, unix, admin: admin_address };
-        announce(config, &addresses);
-        Ok(Self { gateway, addresses, admin, metrics })
+        Ok(credentials)
     }
+}
 
-    /// Where it listens.
-    pub fn addresses(&self) -> &Addresses {
-        &self.addresses
+/// Binds all ports but the admin endpoint's. Connections wait in the kernel until the gateway runs.
+async fn open_doors(
+    config: &Config,
+    credentials: Credentials,
+    gateway: &mut Gateway,
+) -> Result<Addresses, StartError> {
+    let Credentials { edges: edges_tls, ingress: ingress_tls, peers: peers_tls } = credentials;
+    let (listener, edges) = listen("edges.listen", config.edges.listen).await?;
+    gateway.serve_edges(listener, edges_tls);
+    let mut peers = None;
+    if let (Some(config), Some(tls)) = (&config.peers, peers_tls) {
+        let (listener, address) = listen("peers.listen", config.listen).await?;
+        gateway.serve_peers(listener, tls);
+        peers = Some(address);
     }
-
-    /// Serves until `shutdown`, then drains and returns. Probes are answered until the end.
-    ///
-    /// Dropping the future ends everything at once.
-    pub async fn run(self, shutdown: CancellationToken) {
-        let Self { gateway, admin, metrics, .. } = self;
-        let readiness = gateway.readiness();
-        let admin_stop = CancellationToken::new();
-        let admin = admin.map(|listener| {
-            let ready = move || readiness.check();
-            AbortOnDropHandle::new(tokio::spawn(admin::serve(listener, ready, metrics, admin_stop.clone())))
-        });
-        gateway.run(shutdown).await;
-        admin_stop.cancel();
-        if let Some(admin) = admin {
-            let _ = admin.await;
-        }
+    let mut ingress = None;
+    if let (Some(tcp), Some(tls)) = (&config.ingress.tcp, ingress_tls) {
+        let (listener, address) = listen("ingress.listen", tcp.listen).await?;
+        gateway.serve_ingress(listener, tls);
+        ingress = Some(address);
     }
+    let unix = config.ingress.unix.as_ref();
+    if let Some(unix) = unix {
+        gateway.serve_ingress_plain(listen_unix(&unix.path, unix.mode)?);
+    }
+    let unix = unix.map(|unix| unix.path.clone());
+    Ok(Addresses { edges, peers, ingress, unix, admin: None })
 }
 
 fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
@@ -260,7 +217,7 @@ fn among_peers(
     peers: &PeersConfig,
     settings: GatewaySettings,
     metrics: &mut MetricsRegistry,
-) -> Result<Gateway, StartError> {
+) -> Gateway {
     let instance: u128 = rand::random();
     let peer_settings = PeerSettings {
         edge_address: config.edges.address.clone(),
@@ -269,7 +226,7 @@ fn among_peers(
         ..PeerSettings::new(instance)
     };
     match &peers.finding {
-        Finding::List(list) => Ok(Gateway::among_peers(settings, peer_settings, list.clone(), metrics)),
+        Finding::List(list) => Gateway::among_peers(settings, peer_settings, list.clone(), metrics),
         Finding::Etcd(etcd, own) => {
             let own = etcd::Own {
                 gateway: config.gateway_id.clone(),
@@ -282,8 +239,8 @@ fn among_peers(
                 "1 while the directory in etcd is followed, 0 while it cannot be",
                 in_touch.clone(),
             );
-            let etcd = Etcd::new(EtcdConfig::clone(etcd), own, in_touch, rand::random())?;
-            Ok(Gateway::by_etcd(settings, peer_settings, etcd, metrics))
+            let etcd = Etcd::new(EtcdConfig::clone(etcd), own, in_touch, rand::random());
+            Gateway::by_etcd(settings, peer_settings, etcd, metrics)
         }
     }
 }

@@ -20,6 +20,7 @@ use tunnel_core::{
 use tunnel_edge::{
     Agent,
     config::Config,
+    daemon::tasks::Failure,
     metrics::Metrics,
     network::SystemNetwork,
     policy::{Policy, Rule},
@@ -54,7 +55,7 @@ pub(crate) struct Fleet {
     edges: Vec<AgentStatus>,
     gateways: usize,
     /// Ends with the fleet.
-    agents: JoinSet<()>,
+    agents: JoinSet<Result<(), Failure>>,
 }
 
 impl Fleet {

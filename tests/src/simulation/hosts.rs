@@ -202,7 +202,7 @@ pub(super) fn add_gateway(
                 gateway.serve_edges(open(EDGE_PORT, Family::Tcp).await?, tls(Domain::Edge));
                 gateway.serve_ingress(open(INGRESS_PORT, Family::Tcp).await?, tls(Domain::ControlPlane));
                 gateway.serve_ingress_plain(open(UNIX_PORT, Family::Unix).await?);
-                gateway.run(stop).await;
+                gateway.run(stop).await.unwrap();
                 program.ended(name, &world).await;
             }
         }

@@ -62,7 +62,8 @@ impl Edge {
         let tls = ClientTls::load(Domain::Edge, config.tls.clone()).unwrap();
         let agent = Agent::new(config, tls, SystemNetwork, 1, metrics);
         let (status, shutdown) = (agent.status(), CancellationToken::new());
-        let task = AbortOnDropHandle::new(tokio::spawn(agent.run(shutdown.clone())));
+        let running = agent.run(shutdown.clone());
+        let task = AbortOnDropHandle::new(tokio::spawn(async { running.await.unwrap() }));
         Self { registry, status, shutdown, task }
     }
 

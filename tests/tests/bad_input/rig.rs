@@ -112,7 +112,8 @@ impl Rig {
         gateway.serve_ingress(ingress, tls);
         gateway.serve_ingress_plain(UnixDoor::bind(&unix_door, 0o600).unwrap());
         let (shutdown, mut tasks) = (CancellationToken::new(), JoinSet::new());
-        tasks.spawn(gateway.run(shutdown.clone()));
+        let running = gateway.run(shutdown.clone());
+        tasks.spawn(async { running.await.unwrap() });
         tasks.spawn(echo_all(target));
         let edge = good_edge(NODE, edge_door, echo);
         tasks.spawn(run_edge(edge, SystemNetwork, 1, shutdown.clone()));

@@ -202,7 +202,7 @@ impl Rig {
         let tls = ServerTls::load(Domain::ControlPlane, parties::files(Domain::ControlPlane, "gateway"));
         gateway.serve_ingress(ingress, tls.unwrap());
         gateway.serve_ingress_plain(UnixDoor::bind(&self.unix, 0o600).unwrap());
-        Party::start(|stop| gateway.run(stop))
+        Party::start(|stop| async { gateway.run(stop).await.unwrap() })
     }
 
     /// Starts a gateway at the addresses of the one that is away.

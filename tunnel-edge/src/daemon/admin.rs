@@ -10,11 +10,13 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
-use prometheus_client::{encoding::text::encode, registry::Registry};
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
 use tokio::{
     net::{TcpListener, TcpStream},
-    task::JoinSet,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +24,8 @@ use tracing::{debug, warn};
 
 use super::{
     accept::Pause,
+    log,
+    tasks::TaskSet,
     waiting::{Seat, WaitingRoom},
 };
 
@@ -53,10 +57,11 @@ pub async fn serve(
     listener: TcpListener,
     ready: impl Fn() -> Result<(), String> + Send + Sync + 'static,
     registry: Registry,
+    panics: &Counter,
     stop: CancellationToken,
 ) {
     let admin = Arc::new(Admin { ready: Box::new(ready), registry });
-    let mut connections = JoinSet::new();
+    let mut connections = TaskSet::new("a connection of the admin endpoint", panics);
     let room = WaitingRoom::new(MAX_CONNECTIONS, Gauge::default(), Counter::default());
     let mut pause = Pause::default();
     loop {
@@ -68,7 +73,7 @@ pub async fn serve(
             // The end comes first; then places are freed before new ones are taken.
             biased;
             () = stop.cancelled() => break,
-            Some(_) = connections.join_next() => pause.cut_short(),
+            Some(()) = connections.next_ended() => pause.cut_short(),
             accepted = next => match accepted {
                 Ok((stream, peer)) => {
                     pause.forget();
@@ -140,7 +145,7 @@ fn one_line(reason: &str) -> String {
     let mut line = String::with_capacity(reason.len() + 1);
     for word in reason.split_whitespace() {
         let gap = if line.is_empty() { "" } else { " " };
-        let _ = write!(line, "{gap}{word}");
+        let _ = write!(line, "{gap}{}", log::one_line(word));
     }
     line + "\n"
 }
@@ -159,7 +164,6 @@ mod tests {
         sync::atomic::{AtomicBool, Ordering::Relaxed},
     };
 
-    use prometheus_client::metrics::counter::Counter;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -180,9 +184,13 @@ mod tests {
         counter.inc();
         let (ready, stop) = (Arc::new(AtomicBool::new(true)), CancellationToken::new());
         let is_ready = ready.clone();
-        let check =
-            move || if is_ready.load(Relaxed) { Ok(()) } else { Err("no link\nto any gateway".to_owned()) };
-        let task = tokio::spawn(serve(listener, check, registry, stop.clone()));
+        let check = move || {
+            if is_ready.load(Relaxed) { Ok(()) } else { Err("no link\nto any\x1b[2J gateway".to_owned()) }
+        };
+        let task = {
+            let stop = stop.clone();
+            tokio::spawn(async move { serve(listener, check, registry, &Counter::default(), stop).await })
+        };
         Running { address, ready, stop, task }
     }
 
@@ -204,7 +212,7 @@ mod tests {
         running.ready.store(false, Relaxed);
         let answer = ask(running.address, "GET /readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-        assert!(answer.ends_with("\r\n\r\nno link to any gateway\n"), "{answer}");
+        assert!(answer.ends_with("\r\n\r\nno link to any\\u{1b}[2J gateway\n"), "{answer}");
         let answer = ask(running.address, "GET /metrics?x=1").await;
         assert!(answer.contains("application/openmetrics-text"), "{answer}");
         assert!(answer.contains("tunnel_cups_total 1") && answer.ends_with("# EOF\n"), "{answer}");

@@ -1,4 +1,5 @@
-//! What every daemon of the project needs: settings, logs, listeners, the admin endpoint, signals.
+//! What every daemon of the project needs: settings, logs, listeners, the admin endpoint, signals, the owners of tasks, and
+//! the frame around it all.
 //!
 //! Both binaries use it, so that an operator who knows one knows the other. Nothing here knows about links, edges or
 //! gateways, and credentials, which reload from disk, are not here either.
@@ -7,8 +8,11 @@ pub mod accept;
 pub mod admin;
 pub mod descriptors;
 pub mod log;
+mod notify;
+pub mod process;
 pub mod settings;
 pub mod signal;
+pub mod tasks;
 pub mod waiting;
 
 use std::time::Duration;

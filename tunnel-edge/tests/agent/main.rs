@@ -8,9 +8,10 @@ mod renewal;
 mod support;
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -280,4 +281,46 @@ async fn a_gateway_that_drains_is_left_for_another_while_its_streams_run_on() {
     until("one link", || running.metric("tunnel_edge_links") == 1).await;
     round_trip(&mut fresh, b"undisturbed").await;
     assert!(running.status.ready().is_ok());
+}
+
+/// Panics for one port of a target, and for any gateway once it is told to.
+struct Cursed {
+    gateway: SocketAddr,
+    is_cursed: Arc<AtomicBool>,
+}
+
+impl Network for Cursed {
+    type Conn = Socket;
+
+    async fn connect(&self, host: &Host, port: u16) -> Result<Socket, DialError> {
+        assert!(port != 13, "dialled a cursed target");
+        assert!(port != self.gateway.port() || !self.is_cursed.load(SeqCst), "dialled a cursed gateway");
+        SystemNetwork.connect(host, port).await
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_panics_ends_alone_and_a_keeper_that_panics_takes_the_edge_along() {
+    let (pki, (target, _echo)) = (Pki::new(), echo().await);
+    let gateway = Gateway::bind(pki.gateway()).await;
+    let allow = [format!("127.0.0.1:{}", target.port()), "127.0.0.1:13".to_owned()];
+    let mut config = config(pki.node("edge-a"), &[gateway.address()], &allow);
+    config.redundancy = 1;
+    let is_cursed = Arc::new(AtomicBool::new(false));
+    let network = Cursed { gateway: gateway.address(), is_cursed: is_cursed.clone() };
+    let mut running = Running::start_on(config, network);
+    let link = gateway.accept().await;
+    until("ready", || running.status.ready().is_ok()).await;
+    let (mut stream, _) = open(&link, &target.to_string()).await.unwrap();
+    assert!(open(&link, "127.0.0.1:13").await.is_err());
+    until("counted", || running.metric("tunnel_edge_panics_total") == 1).await;
+    round_trip(&mut stream, b"still here").await;
+    finish(stream).await;
+    assert_eq!(running.why_not_ready(), "");
+
+    is_cursed.store(true, SeqCst);
+    drop(link);
+    let failure = timeout(LIMIT, &mut running.task).await.unwrap().unwrap().unwrap_err().to_string();
+    assert!(failure.contains("\"keeper\" panicked: dialled a cursed gateway"), "{failure}");
+    assert_eq!(running.why_not_ready(), failure);
 }

@@ -23,6 +23,7 @@ use tunnel_core::{
 use tunnel_edge::{
     Agent,
     config::{Backoff, Config, ProxyChoice},
+    daemon::tasks::Failure,
     daemon::{
         log::{LogConfig, LogFilter, LogFormat},
         settings::Parse,
@@ -315,7 +316,7 @@ pub(crate) fn config(tls: Files, gateways: &[SocketAddr], allow: &[String]) -> C
 pub(crate) struct Running {
     pub(crate) status: AgentStatus,
     pub(crate) shutdown: CancellationToken,
-    pub(crate) task: JoinHandle<()>,
+    pub(crate) task: JoinHandle<Result<(), Failure>>,
     registry: Registry,
 }
 
@@ -353,6 +354,6 @@ impl Running {
     }
 
     pub(crate) async fn returned(&mut self) {
-        timeout(LIMIT, &mut self.task).await.expect("the agent did not return").unwrap();
+        timeout(LIMIT, &mut self.task).await.expect("the agent did not return").unwrap().unwrap();
     }
 }

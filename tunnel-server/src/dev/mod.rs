@@ -158,8 +158,11 @@ async fn serve(check: bool) -> Result<ExitCode, DevError> {
     let code =
         if check { report(&rig).await } else { wait_for_signal(&rig, folder.path(), &mut signals).await };
     shutdown.cancel();
-    while tunnel.join_next().await.is_some() {}
-    code
+    let mut all_well = true;
+    while let Some(ended) = tunnel.join_next().await {
+        all_well &= matches!(ended, Ok(Ok(())));
+    }
+    if all_well { code } else { Ok(ExitCode::FAILURE) }
 }
 
 /// Makes every check, a line each, and the sum.

@@ -54,7 +54,7 @@ pub struct EtcdConfig {
 
 /// Why etcd cannot be used as it is configured.
 #[derive(Debug, thiserror::Error)]
-pub enum EtcdError {
+pub(crate) enum EtcdError {
     /// A file cannot be read.
     #[error("cannot read {}: {error}", path.display())]
     Read {
@@ -114,14 +114,8 @@ pub(crate) struct Etcd {
 }
 
 impl Etcd {
-    /// Reads the files that are named, and contacts nobody. `seed` must be another for each process.
-    pub(crate) fn new(
-        config: EtcdConfig,
-        own: Own,
-        in_touch: Gauge,
-        seed: u64,
-    ) -> Result<Arc<Self>, EtcdError> {
-        config.check_files()?;
+    /// Contacts nobody. `seed` must be another for each process.
+    pub(crate) fn new(config: EtcdConfig, own: Own, in_touch: Gauge, seed: u64) -> Arc<Self> {
         let instance = InstanceId::from_random(SmallRng::seed_from_u64(seed).random());
         let entry = Entry {
             instance: instance.to_string(),
@@ -129,7 +123,7 @@ impl Etcd {
             server_name: own.server_name.to_str().into_owned(),
         };
         let map = Map::new(config.prefix.clone(), own.gateway);
-        Ok(Arc::new(Self { config, own: entry, map, in_touch, is_in_touch: false.into(), seed }))
+        Arc::new(Self { config, own: entry, map, in_touch, is_in_touch: false.into(), seed })
     }
 
     fn set_in_touch(&self, is_in_touch: bool) {

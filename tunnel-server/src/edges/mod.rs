@@ -171,7 +171,9 @@ impl EdgeDoor {
             Ok(pending) => Some((pending, identity, expiry)),
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
-                warn!(%peer, node = identity_text(&identity), cause = %error, "no link: the edge did not introduce itself");
+                if self.metrics.lines.admit("edge_not_introduced", peer.source()) {
+                    warn!(%peer, node = identity_text(&identity), cause = %error, "no link: the edge did not introduce itself");
+                }
                 None
             }
         }
@@ -179,7 +181,9 @@ impl EdgeDoor {
 
     async fn reject(&self, pending: PendingLink, reject: Reject, peer: PeerAddr) {
         self.metrics.rejected(reject_label(reject.code()));
-        warn!(%peer, software = pending.hello().software, cause = reject.text, "edge rejected");
+        if self.metrics.lines.admit("edge_rejected", peer.source()) {
+            warn!(%peer, software = pending.hello().software, cause = reject.text, "edge rejected");
+        }
         pending.reject(reject).await;
     }
 
@@ -225,12 +229,16 @@ impl EdgeDoor {
             Ok(link) => link,
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Edge, error.label());
-                warn!(%peer, %node, cause = %error, "the link ended before it was up");
+                if self.metrics.lines.admit_known("link_not_up", &node) {
+                    warn!(%peer, %node, cause = %error, "the link ended before it was up");
+                }
                 return;
             }
         };
         let registration = self.registry.register(place, instance.clone(), generation, link.handle());
-        info!(%node, %instance, %peer, session = id, software, "link up");
+        if self.metrics.lines.admit_known("link_up", &node) {
+            info!(%node, %instance, %peer, session = id, software, "link up");
+        }
         let up_since = Instant::now();
         let mut session =
             Session { link, node, instance, peer, id, told, said_left_out: false, grants, gateways, expiry };
@@ -239,7 +247,9 @@ impl EdgeDoor {
         drop(registration);
         self.metrics.link_closed(end.label());
         let Session { node, instance, peer, id, .. } = session;
-        info!(%node, %instance, %peer, session = id, cause = %end, up_ms = up_since.elapsed().as_millis(), "link down");
+        if self.metrics.lines.admit_known("link_down", &node) {
+            info!(%node, %instance, %peer, session = id, cause = %end, up_ms = up_since.elapsed().as_millis(), "link down");
+        }
     }
 
     fn session_id(&self) -> String {
@@ -279,7 +289,9 @@ impl EdgeDoor {
                     LinkEvent::Draining(drain) => {
                         said_draining = true;
                         registration.drains();
-                        info!(node = %session.node, session = session.id, reason = drain.reason, "the edge drains");
+                        if self.metrics.lines.admit_known("edge_drains", &session.node) {
+                            info!(node = %session.node, session = session.id, reason = drain.reason, "the edge drains");
+                        }
                     }
                     LinkEvent::WearsOut => {
                         info!(node = %session.node, session = session.id, "the link has used most of the numbers that its \

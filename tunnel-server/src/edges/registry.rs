@@ -16,6 +16,8 @@ use tracing::{info, warn};
 use tunnel_core::{InstanceId, LinkHandle, NodeId};
 
 use super::held::{Changes, Held};
+use tunnel_edge::daemon::log::limit::Limits;
+
 use crate::{directory::Generation, gone::Gone, metrics::Metrics};
 
 /// Links of one node at one time, those that drain among them, by what it may have without these. An edge whose
@@ -131,9 +133,9 @@ impl Registry {
         let generation = known.map_or(generation, |known| generation.max(known.saturating_add(1)));
         let newer = entries.partition_point(|entry| entry.generation > generation);
         entries.insert(newer, Entry { number, instance, generation, draining: false, link });
-        supersede(entries, node, self.limits.per_node.max(1));
+        supersede(entries, node, self.limits.per_node.max(1), &self.metrics.lines);
         let several = has_several_instances(entries);
-        if several && !several_before {
+        if several && !several_before && self.metrics.lines.admit_known("several_edges", node) {
             warn!(%node, links = entries.len(),
                   "two edge processes serve this node; the newest is preferred. Normal while an agent is being replaced");
         }
@@ -251,23 +253,27 @@ impl State {
 
 /// Closes the oldest links of a node that has more than it may. Those that drain take no new streams and go by
 /// themselves: they must not make an edge that does as it should lose its streams.
-fn supersede(entries: &mut Vec<Entry>, node: &NodeId, per_node: usize) {
+fn supersede(entries: &mut Vec<Entry>, node: &NodeId, per_node: usize, lines: &Limits) {
     const WHY: &str = "superseded by newer links of the same node";
     // Looked at once: an edge may begin to drain at any moment, but none takes it back.
     let serves = |(index, entry): (usize, &Entry)| (!entry.link.peer_draining()).then_some(index);
     let serving: Vec<usize> = entries.iter().enumerate().filter_map(serves).collect();
     for index in serving.into_iter().skip(per_node).rev() {
         let Entry { instance, link, .. } = entries.remove(index);
-        info!(%node, %instance, streams = link.active_streams(), "closing the oldest link: the node has newer ones");
+        if lines.admit_known("link_superseded", node) {
+            info!(%node, %instance, streams = link.active_streams(), "closing the oldest link: the node has newer ones");
+        }
         link.close(WHY);
     }
     let all = per_node.saturating_mul(PER_NODE_WITH_DRAINING);
     for _ in all..entries.len() {
         if let Some(oldest) = entries.iter().rposition(|entry| entry.link.peer_draining()) {
             let Entry { instance, link, .. } = entries.remove(oldest);
-            warn!(%node, %instance, streams = link.active_streams(), links = all,
-                  "closing the oldest link that drains, which cuts its streams: the node has as many links as it may, \
-                   those that drain among them");
+            if lines.admit_known("link_cut", node) {
+                warn!(%node, %instance, streams = link.active_streams(), links = all,
+                      "closing the oldest link that drains, which cuts its streams: the node has as many links as it may, \
+                       those that drain among them");
+            }
             link.close(WHY);
         }
     }

@@ -20,14 +20,14 @@ use h2::{
 use http::{Method, Response, request::Parts};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    task::JoinSet,
     time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
 };
 use tracing::{debug, warn};
 use tunnel_core::{Aborted, Leg, Lost};
+use tunnel_edge::daemon::tasks::TaskSet;
 
 use super::{Asked, Client, Ingress, Protocol, reply::Refusal};
-use crate::{listener::report_panic, route::Request};
+use crate::route::Request;
 
 /// How every HTTP/2 connection begins.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -65,7 +65,9 @@ pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client
         Ok(Ok(connection)) => serve_connection(&ingress, connection, &client).await,
         Ok(Err(error)) => lost(&ingress, &client, &error),
         Err(_) => {
-            warn!(peer = %client.peer, "the HTTP/2 connection did not begin in time");
+            if ingress.metrics.lines.admit("http2_timed_out", client.peer.source()) {
+                warn!(peer = %client.peer, "the HTTP/2 connection did not begin in time");
+            }
             ingress.metrics.replied(Protocol::Http2.label(), 408, "head_timed_out");
         }
     }
@@ -76,14 +78,14 @@ async fn serve_connection<C: Leg>(
     mut connection: Connection<C, Bytes>,
     client: &Client,
 ) {
-    let mut streams = JoinSet::new();
+    let mut streams = TaskSet::new("an HTTP/2 stream", &ingress.metrics.panics);
     let mut keepalive = Keepalive::new(connection.ping_pong());
     let (mut leaving, mut idle_probes) = (false, 0);
     loop {
         tokio::select! {
             // Ended streams make room for new ones; leaving waits for what has arrived; probing can wait.
             biased;
-            Some(ended) = streams.join_next() => report_panic("HTTP/2 stream", ended),
+            Some(()) = streams.next_ended() => {}
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     streams.spawn(serve_stream(ingress.clone(), client.clone(), request, respond));
@@ -101,7 +103,9 @@ async fn serve_connection<C: Leg>(
             alive = keepalive.probed() => {
                 idle_probes = if streams.is_empty() { idle_probes + 1 } else { 0 };
                 if !alive {
-                    warn!(peer = %client.peer, "the HTTP/2 connection is dead: its probe was not answered");
+                    if ingress.metrics.lines.admit("http2_dead", client.peer.source()) {
+                        warn!(peer = %client.peer, "the HTTP/2 connection is dead: its probe was not answered");
+                    }
                     break;
                 }
                 if idle_probes >= IDLE_PROBES && !leaving {
@@ -113,16 +117,16 @@ async fn serve_connection<C: Leg>(
     }
     // Streams that still run learn from this that their connection is gone.
     drop(connection);
-    while let Some(ended) = streams.join_next().await {
-        report_panic("HTTP/2 stream", ended);
-    }
+    streams.all_ended().await;
 }
 
 fn lost(ingress: &Ingress, client: &Client, error: &h2::Error) {
     if error.is_io() || error.is_remote() {
         debug!(peer = %client.peer, %error, "the HTTP/2 connection ended");
     } else {
-        warn!(peer = %client.peer, %error, "the HTTP/2 connection was ended: the client broke the protocol");
+        if ingress.metrics.lines.admit("http2_broken", client.peer.source()) {
+            warn!(peer = %client.peer, %error, "the HTTP/2 connection was ended: the client broke the protocol");
+        }
         ingress.metrics.replied(Protocol::Http2.label(), 400, "malformed");
     }
 }

@@ -248,9 +248,11 @@ impl Ingress {
             biased;
             routed = self.router.open(request) => routed,
             () = gone => {
-                info!(request = request.id, caller = %request.caller, target = %request.target,
-                      protocol = protocol.label(), waited_ms = started.elapsed().as_millis(),
-                      "the client went away before the target was connected");
+                if self.metrics.lines.admit("client_gone", &request.caller) {
+                    info!(request = request.id, caller = %request.caller, target = %request.target,
+                          protocol = protocol.label(), waited_ms = started.elapsed().as_millis(),
+                          "the client went away before the target was connected");
+                }
                 self.metrics.replied(protocol.label(), 499, "client_gone");
                 return None;
             }
@@ -263,6 +265,9 @@ impl Ingress {
     fn refuse(&self, protocol: Protocol, client: &Client, asked: &Asked, refusal: &Refusal) -> Reply {
         let reply = Reply::to(refusal, &self.settings.gateway_id);
         self.metrics.replied(protocol.label(), reply.status.as_u16(), reply.label);
+        if !self.metrics.lines.admit(reply.label, client.peer.source()) {
+            return reply;
+        }
         let target: String = asked.target.chars().take(300).collect();
         warn!(peer = %client.peer, client = client.names.first(), target, protocol = protocol.label(),
               request = asked.request_id,

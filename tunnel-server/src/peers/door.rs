@@ -11,7 +11,6 @@ use std::{
 
 use tokio::{
     sync::watch,
-    task::JoinSet,
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -29,6 +28,7 @@ use tunnel_core::{
     relay,
     tls::{Domain, ServerTls},
 };
+use tunnel_edge::daemon::tasks::TaskSet;
 
 use super::mesh::{Mesh, Own};
 use crate::{
@@ -39,7 +39,7 @@ use crate::{
         registry::Registry,
     },
     ingress::Caller,
-    listener::{Guest, PeerAddr, handshake, report_panic},
+    listener::{Guest, PeerAddr, handshake},
     metrics::{Counted, Metrics},
     route::{Request, RouteError, Routed, Router},
 };
@@ -98,14 +98,19 @@ impl PeerDoor {
             Ok(pending) => pending,
             Err(error) => {
                 self.metrics.handshake_failed(Domain::Peer, error.label());
-                return warn!(%peer, cause = %error, "no link: the peer did not introduce itself");
+                if self.metrics.lines.admit("peer_not_introduced", peer.source()) {
+                    warn!(%peer, cause = %error, "no link: the peer did not introduce itself");
+                }
+                return;
             }
         };
         let admitted = match self.admit(pending.hello()) {
             Ok(admitted) => admitted,
             Err(reject) => {
                 // Each gateway's list may name the gateway itself.
-                if reject.code() != RejectCode::SameGateway {
+                if reject.code() != RejectCode::SameGateway
+                    && self.metrics.lines.admit("peer_rejected", peer.source())
+                {
                     warn!(%peer, cause = reject.text, "peer rejected");
                 }
                 return pending.reject(reject).await;
@@ -113,7 +118,10 @@ impl PeerDoor {
         };
         match pending.welcome(self.welcome(&admitted)) {
             Ok(link) => self.hold(link, admitted, peer).await,
-            Err(error) => warn!(%peer, cause = %error, "the peer's link ended before it was up"),
+            Err(error) if self.metrics.lines.admit("peer_link_not_up", peer.source()) => {
+                warn!(%peer, cause = %error, "the peer's link ended before it was up");
+            }
+            Err(_) => {}
         }
     }
 
@@ -150,11 +158,13 @@ impl PeerDoor {
 
     async fn hold(self: &Arc<Self>, mut link: Link, admitted: Admitted, peer: PeerAddr) {
         let Admitted { gateway, wants_holdings, .. } = admitted;
-        info!(%gateway, %peer, "a peer has linked");
+        if self.metrics.lines.admit_known("peer_linked", &gateway) {
+            info!(%gateway, %peer, "a peer has linked");
+        }
         let _visit = self.mesh.visit(gateway.clone());
         let handle = link.handle();
         handle.introduce(self.own.introduction());
-        let mut streams = JoinSet::new();
+        let mut streams = TaskSet::new("a forwarded stream", &self.metrics.panics);
         let (mut told_leaving, mut told_to_close) = (self.own.leaving.is_cancelled(), false);
         let serving = async {
             loop {
@@ -182,7 +192,7 @@ impl PeerDoor {
                         told_leaving = true;
                         handle.introduce(self.own.introduction());
                     }
-                    Some(ended) = streams.join_next() => report_panic("a forwarded stream", ended),
+                    Some(()) = streams.next_ended() => {}
                 }
             }
         };
@@ -192,10 +202,10 @@ impl PeerDoor {
             never = self.tell(&handle), if wants_holdings => match never {},
         };
         // The link's end has aborted them, each with its reason.
-        while let Some(ended) = streams.join_next().await {
-            report_panic("a forwarded stream", ended);
+        streams.all_ended().await;
+        if self.metrics.lines.admit_known("peer_link_ended", &gateway) {
+            info!(%gateway, %peer, cause = %end, "a peer's link has ended");
         }
-        info!(%gateway, %peer, cause = %end, "a peer's link has ended");
     }
 
     /// Tells a peer what this gateway holds, for ever.
@@ -247,8 +257,10 @@ impl PeerDoor {
             Ok(routed) => routed,
             Err(error) => {
                 let code = refusal_code(&error);
-                info!(request = request.id, %from, caller = %request.caller, target = %request.target, %node,
-                      cause = %error, "forwarded stream refused");
+                if self.metrics.lines.admit("forwarded_refused", &request.caller) {
+                    info!(request = request.id, %from, caller = %request.caller, target = %request.target, %node,
+                          cause = %error, "forwarded stream refused");
+                }
                 self.metrics.forwarded("refused");
                 return refuse(pending, code, &error.to_string()).await;
             }

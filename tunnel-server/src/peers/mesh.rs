@@ -15,7 +15,6 @@ use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     sync::watch,
-    task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -29,13 +28,15 @@ use tunnel_core::{
     },
     tls::{self, ClientTls},
 };
-use tunnel_edge::network::{DialError, Network};
+use tunnel_edge::{
+    daemon::tasks::TaskSet,
+    network::{DialError, Network},
+};
 
 use super::Member;
 use crate::{
     SOFTWARE,
     directory::{Directory, Untold},
-    listener::report_panic,
     metrics::Metrics,
 };
 
@@ -239,7 +240,7 @@ impl Mesh {
     ) {
         let network = Arc::new(network);
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mut keepers = JoinSet::new();
+        let mut keepers = TaskSet::new("the keeper of a link to a peer", &self.metrics.panics);
         // Those that have a keeper, and whether they are listed now.
         let mut kept: Vec<(Member, watch::Sender<bool>)> = Vec::new();
         let mut source_is_there = true;
@@ -267,7 +268,7 @@ impl Mesh {
                     is_listed,
                     stop: stop.clone(),
                     complaint: None,
-                    retired: JoinSet::new(),
+                    retired: TaskSet::new("a replaced link to a peer", &self.metrics.panics),
                 };
                 keepers.spawn(keeper.run());
                 kept.push((member, sender));
@@ -276,8 +277,7 @@ impl Mesh {
                 // The end first; then keepers that have ended, so that they do not pile up.
                 biased;
                 () = stop.cancelled() => break,
-                Some(ended) = keepers.join_next() => {
-                    report_panic("a peer's keeper", ended);
+                Some(()) = keepers.next_ended() => {
                     // A keeper has the other end of its channel.
                     kept.retain(|(_, is_listed)| !is_listed.is_closed());
                 }
@@ -286,9 +286,7 @@ impl Mesh {
                 () = self.own.leaving.cancelled(), if !self.told_leaving() => self.tell(),
             }
         }
-        while let Some(ended) = keepers.join_next().await {
-            report_panic("a peer's keeper", ended);
-        }
+        keepers.all_ended().await;
     }
 
     fn told_leaving(&self) -> bool {
@@ -391,7 +389,7 @@ struct Keeper<N> {
     stop: CancellationToken,
     complaint: Option<(String, Instant)>,
     /// Links that others have replaced, with the streams that still run over them.
-    retired: JoinSet<()>,
+    retired: TaskSet,
 }
 
 impl<N> Drop for Keeper<N> {
@@ -406,9 +404,7 @@ impl<N: Network> Keeper<N> {
     /// Keeps the link while the member is listed, and longer if it holds. Cancel-safe: links end with it.
     async fn run(mut self) {
         self.keep_linked().await;
-        while let Some(ended) = self.retired.join_next().await {
-            report_panic("a replaced link to a peer", ended);
-        }
+        self.retired.all_ended().await;
     }
 
     async fn keep_linked(&mut self) {
@@ -536,9 +532,7 @@ impl<N: Network> Keeper<N> {
             number = its_number;
             let old = std::mem::replace(&mut link, newer);
             // Those that have ended by now are not kept.
-            while let Some(ended) = self.retired.try_join_next() {
-                report_panic("a replaced link to a peer", ended);
-            }
+            self.retired.reap();
             self.retired.spawn(retire(old, gateway.clone(), self.stop.clone()));
         }
     }
@@ -713,7 +707,7 @@ mod tests {
 
     /// Sends back what comes over a link's streams, until the link ends.
     async fn echo(mut link: Link) {
-        let mut streams = JoinSet::new();
+        let mut streams = tokio::task::JoinSet::new();
         loop {
             match link.next().await {
                 LinkEvent::Stream(incoming) => streams.spawn(async move {
@@ -743,7 +737,7 @@ mod tests {
             let (dialled, cut) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
             let (count, cutting) = (dialled.clone(), cut.clone());
             let serving = tokio::spawn(async move {
-                let mut links = JoinSet::new();
+                let mut links = tokio::task::JoinSet::new();
                 while let Ok((connection, _)) = listener.accept().await {
                     let epoch = count.fetch_add(1, Relaxed) as u64 + 1;
                     let (acceptor, cutting) = (tls.acceptor(), cutting.clone());

@@ -342,7 +342,7 @@ async fn a_gateway_that_leaves_watches_no_more() {
     let running = api.gateway(&[]).await;
     let mut watch = api.list(&[&node("edge-a", &[], "")]).await;
     running.shutdown.cancel();
-    timeout(PATIENCE, running.task).await.unwrap().unwrap();
+    timeout(PATIENCE, running.task).await.unwrap().unwrap().unwrap();
     let end = timeout(PATIENCE, watch.conn.read(&mut [0; 1])).await.unwrap();
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     api.accepting.abort();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod cluster;
+mod defects;
 mod process;
 mod rig;
 mod strangers;
@@ -158,7 +159,7 @@ async fn a_drain_lets_streams_finish_then_closes_the_links() {
     text.clear();
     client.read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "answer");
-    timeout(PATIENCE, running.task).await.unwrap().unwrap();
+    timeout(PATIENCE, running.task).await.unwrap().unwrap().unwrap();
     assert!(matches!(
         timeout(PATIENCE, link.next()).await.unwrap(),
         LinkEvent::Closed(LinkError::ClosedByPeer)
@@ -176,7 +177,7 @@ async fn a_drain_does_not_wait_for_ever() {
     // A reset, not an end of file: the stream was cut.
     assert!(client.read(&mut [0; 1]).await.is_err());
     assert!(edge.read(&mut [0; 1]).await.is_err());
-    timeout(PATIENCE, running.task).await.unwrap().unwrap();
+    timeout(PATIENCE, running.task).await.unwrap().unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -18,8 +18,9 @@ use tunnel_core::{
     proto::messages::{Hello, Reject, Welcome},
     tls::{ClientTls, Domain, Files, ServerTls},
 };
+use tunnel_edge::daemon::tasks::Failure;
 use tunnel_server::{
-    Gateway, GatewaySettings, UnixDoor,
+    Gateway, GatewaySettings, Readiness, UnixDoor,
     pki::{AltName, Authority, Profile, Validity},
 };
 
@@ -33,7 +34,8 @@ pub(crate) struct Running {
     pub(crate) ingress: SocketAddr,
     pub(crate) folder: TempDir,
     pub(crate) shutdown: CancellationToken,
-    pub(crate) task: JoinHandle<()>,
+    pub(crate) readiness: Readiness,
+    pub(crate) task: JoinHandle<Result<(), Failure>>,
     edge_ca: Authority,
     metrics: Registry,
 }
@@ -102,8 +104,9 @@ pub(crate) async fn start_with(
     gateway.serve_ingress_plain(UnixDoor::bind(&folder.path().join("door.sock"), 0o600).unwrap());
     finish(&mut gateway, folder.path());
     let shutdown = CancellationToken::new();
+    let readiness = gateway.readiness();
     let task = tokio::spawn(gateway.run(shutdown.clone()));
-    Running { edges: edges_at, ingress: ingress_at, folder, shutdown, task, edge_ca, metrics }
+    Running { edges: edges_at, ingress: ingress_at, folder, shutdown, readiness, task, edge_ca, metrics }
 }
 
 pub(crate) async fn listener() -> TcpListener {

@@ -93,7 +93,7 @@ async fn strangers_of_any_kind_do_not_keep_an_edge_out() {
     // All its seats, but for that of an edge, which needs it no more.
     running.measured("tunnel_server_connections_waiting{domain=\"edge\"} 1063").await;
     running.shutdown.cancel();
-    timeout(PATIENCE, running.task).await.unwrap().unwrap();
+    timeout(PATIENCE, running.task).await.unwrap().unwrap().unwrap();
 }
 
 #[tokio::test]

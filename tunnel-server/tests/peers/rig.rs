@@ -155,7 +155,8 @@ impl Cluster {
         gateway.serve_ingress_plain(UnixDoor::bind(&unix, 0o600).unwrap());
         gateway.serve_peers(peers, (tls(Domain::Peer), self.client(Domain::Peer, "gateway")));
         let (shutdown, readiness) = (CancellationToken::new(), gateway.readiness());
-        let task = tokio::spawn(gateway.run(shutdown.clone()));
+        let running = gateway.run(shutdown.clone());
+        let task = tokio::spawn(async { running.await.unwrap() });
         let folder = self.folder.path().to_owned();
         Running {
             name,

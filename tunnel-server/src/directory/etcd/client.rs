@@ -345,6 +345,13 @@ impl EtcdConfig {
         self.endpoints.iter().try_for_each(|endpoint| self.transport(endpoint).map(drop))
     }
 
+    /// All files that are named.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let identity =
+            self.tls.iter().filter_map(|tls| tls.identity.as_ref()).flat_map(|(cert, key)| [cert, key]);
+        self.tls.iter().map(|tls| &tls.ca).chain(identity).chain(self.user.iter().map(|(_, file)| file))
+    }
+
     fn transport(&self, endpoint: &Endpoint) -> Result<Transport, EtcdError> {
         let transport = Transport::from(endpoint.0.clone()).connect_timeout(self.timeout).tcp_nodelay(true);
         match (&self.tls, endpoint.0.scheme_str() == Some("https")) {

@@ -181,7 +181,7 @@ impl Gateway {
             server_name: "gateways.example".try_into().unwrap(),
         };
         let (in_touch, stop) = (Gauge::default(), CancellationToken::new());
-        let etcd = Etcd::new(config.clone(), own, in_touch.clone(), rand::random()).unwrap();
+        let etcd = Etcd::new(config.clone(), own, in_touch.clone(), rand::random());
         let registry = Registry::new(LinkLimits { total: 100_000, per_node: 4 }, metrics());
         let task = tokio::spawn(etcd.clone().run(News::of(&registry), stop.clone()));
         let link = TestLink::up().await;

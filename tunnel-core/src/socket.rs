@@ -9,7 +9,7 @@ use std::{
     io::{self, IoSlice},
     net::SocketAddr,
     ops::RangeInclusive,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -29,8 +29,12 @@ use crate::{
     relay::{Leg, Lost},
 };
 
-/// A silent connection is probed after this time, then at this interval, and is dead after that many probes.
-const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
+/// A connection at rest is probed after this time, then at this interval, and is dead after that many probes: in 30 seconds.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(15), Duration::from_secs(5), 3);
+/// A far side that owes an answer and has given none for so long is dead. A relay asks often enough to know it in 30 seconds.
+const UNANSWERED: Duration = Duration::from_secs(25);
+/// Probes of a closed window that have left. Of three, two had their time to be answered.
+const PROBES: u8 = 3;
 /// Bytes that the kernel takes beyond those under way, by the connection's pace. More would stand in line before what turns
 /// out to be urgent later.
 const NOT_SENT: RangeInclusive<usize> = 128 * 1024..=1024 * 1024;
@@ -162,7 +166,58 @@ impl Leg for Socket {
     }
 
     fn vanished(&self) -> Option<io::Error> {
+        let answers = Answers::of(&self.stream)?;
+        answers.are_missing().then(|| {
+            let text = format!("the far side has acknowledged nothing for {} s", answers.last.as_secs());
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        })
+    }
+}
+
+/// What the kernel knows of a far side that has something to acknowledge.
+///
+/// The kernel by itself gives up after a quarter of an hour. `TCP_USER_TIMEOUT` is no help: it also ends a connection whose
+/// far side is alive and does not read.
+#[derive(Clone, Copy, Debug)]
+struct Answers {
+    /// Since the last one came.
+    last: Duration,
+    /// Segments that are under way, the end of the connection among them.
+    unacknowledged: u32,
+    /// How long the kernel waits for an answer to these before it sends them again. Doubles each time.
+    again_after: Duration,
+    /// Probes of a closed window that were sent since the last answer.
+    probes: u8,
+}
+
+impl Answers {
+    /// `None` where the system does not tell.
+    #[cfg(target_os = "linux")]
+    fn of(stream: &TcpStream) -> Option<Self> {
+        // `struct tcp_info`, up to the age of the last acknowledgement. Longer since, but never changed.
+        let mut info = [0_u32; 15];
+        let (level, option) = (uapi::c::IPPROTO_TCP, uapi::c::TCP_INFO);
+        let length = uapi::getsockopt(stream.as_raw_fd(), level, option, &mut info).ok()?;
+        let [first, _, again_after, _, _, _, unacknowledged, .., last] = info;
+        let [_state, _congestion, _retransmits, probes] = first.to_ne_bytes();
+        (length >= size_of_val(&info)).then(|| Self {
+            last: Duration::from_millis(last.into()),
+            unacknowledged,
+            again_after: Duration::from_micros(again_after.into()),
+            probes,
+        })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn of(_: &TcpStream) -> Option<Self> {
         None
+    }
+
+    /// Whether the far side can be alive no more. One that does not read acknowledges all that fits, and each probe; what it
+    /// had to drop is sent again, seldom after a while, and acknowledged as dropped.
+    fn are_missing(&self) -> bool {
+        let owes = self.probes >= PROBES || (self.unacknowledged > 0 && self.last > self.again_after);
+        owes && self.last >= UNANSWERED
     }
 }
 
@@ -315,7 +370,7 @@ async fn unix_closes(stream: UnixStream) -> Lost {
 mod tests {
     use super::*;
     use tokio::{
-        io::{AsyncWriteExt, copy, sink},
+        io::{AsyncReadExt, AsyncWriteExt, copy, sink},
         net::TcpListener,
         time::advance,
     };
@@ -361,5 +416,85 @@ mod tests {
         }
         near.shutdown().await.unwrap();
         assert_eq!(reader.await.unwrap(), bytes as u64);
+    }
+
+    #[test]
+    fn only_who_owes_an_answer_for_long_has_vanished() {
+        let second = Duration::from_secs(1);
+        let answers = |last: u32, unacknowledged, again_after: u32, probes| Answers {
+            last: second * last,
+            unacknowledged,
+            again_after: second * again_after,
+            probes,
+        };
+        for dead in
+            [answers(25, 1, 24, 0), answers(121, 1, 120, 0), answers(25, 0, 0, 3), answers(200, 1, 300, 4)]
+        {
+            assert!(dead.are_missing(), "{dead:?}");
+        }
+        for alive in [
+            // At rest, the kernel's keepalive tells.
+            answers(1000, 0, 1, 0),
+            answers(24, 1, 1, 0),
+            answers(24, 0, 1, 3),
+            // One probe may have been lost, and the next is under way.
+            answers(121, 0, 1, 2),
+            // Its window is closed, and it has dropped what it is sent again every two minutes.
+            answers(120, 1, 120, 0),
+        ] {
+            assert!(!alive.are_missing(), "{alive:?}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn the_kernel_says_what_is_not_acknowledged_and_since_when() {
+        let (mut near, far) = pair().await;
+        near.write_all(b"x").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let answers = Answers::of(&near.stream).unwrap();
+        assert_eq!((answers.unacknowledged, answers.probes), (0, 0));
+        let age = Duration::from_millis(150)..Duration::from_secs(5);
+        assert!(age.contains(&answers.last), "{answers:?}");
+        let waits = Duration::from_millis(200)..Duration::from_secs(1);
+        assert!(waits.contains(&answers.again_after), "{answers:?}");
+        assert!(near.vanished().is_none());
+        drop(far);
+    }
+
+    /// Stops reading for so long while as much as possible is sent to it, then reads all.
+    async fn stopped_reader(pause: Duration) {
+        const BYTES: usize = 64 << 20;
+        let (mut near, mut far) = pair().await;
+        let reading = tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let mut sum = 0_u64;
+            let mut piece = vec![0; 1 << 16];
+            loop {
+                match far.read(&mut piece).await.unwrap() {
+                    0 => return sum,
+                    read => sum += piece[..read].iter().map(|byte| u64::from(*byte)).sum::<u64>(),
+                }
+            }
+        });
+        let bytes: Vec<u8> = (0..=u8::MAX).cycle().take(BYTES).collect();
+        let mut left = &bytes[..];
+        while !left.is_empty() {
+            // As often as a relay asks, and between.
+            match tokio::time::timeout(Duration::from_millis(700), near.write(left)).await {
+                Ok(written) => left = &left[written.unwrap()..],
+                Err(_) => assert!(near.vanished().is_none(), "{:?}", Answers::of(&near.stream)),
+            }
+        }
+        near.shutdown().await.unwrap();
+        assert_eq!(reading.await.unwrap(), BYTES as u64 / 256 * (255 * 256 / 2));
+    }
+
+    /// For ten minutes with `STOPPED_FOR=600`.
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_far_side_that_does_not_read_has_not_vanished() {
+        let pause = std::env::var("STOPPED_FOR").map(|seconds| Duration::from_secs(seconds.parse().unwrap()));
+        stopped_reader(pause.unwrap_or(UNANSWERED + Duration::from_secs(15))).await;
     }
 }

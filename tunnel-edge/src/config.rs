@@ -17,7 +17,7 @@ use tunnel_core::{
 
 use crate::{
     daemon::{
-        DrainSettings, admin,
+        DrainSettings, StreamSettings, admin,
         descriptors::Need,
         log::{LogConfig, LogSettings},
         settings::{List, OrNone, Parse, Place, Problems, Size, defaults},
@@ -116,6 +116,7 @@ crate::settings! {
         tls: TlsSettings,
         kubelet: KubeletSettings,
         link: LinkSettings,
+        streams: StreamSettings,
         backoff: BackoffSettings,
         drain: DrainSettings,
         admin: AdminSettings,
@@ -286,6 +287,7 @@ impl Settings {
         problems.within(&self.backoff.outage_max, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.backoff.max, &(MILLISECOND..=HOUR), duration);
         problems.within(&self.backoff.reset_after, &(Duration::ZERO..=HOUR), duration);
+        self.streams.check(problems);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
     }
 
@@ -313,7 +315,7 @@ impl Settings {
                 window_budget: self.link.receive_window.value.0,
                 ..LinkConfig::default()
             },
-            timeouts: Timeouts::of("the edge"),
+            timeouts: self.streams.timeouts("the edge"),
             backoff: Backoff {
                 min: self.backoff.min.value,
                 outage_max: self.backoff.outage_max.value.min(self.backoff.max.value),

@@ -14,13 +14,13 @@ use std::{
 };
 
 use tunnel_core::{
-    GatewayId, LinkConfig, Target,
+    GatewayId, LinkConfig, Target, Timeouts,
     proto::yamux::WindowPool,
     tls::{Domain, Files, ServerTls},
 };
 use tunnel_edge::{
     daemon::{
-        admin,
+        StreamSettings, admin,
         descriptors::Need,
         log::{LogConfig, LogSettings},
         settings::{List, OrNone, Parse, Problems, Size, not_expected},
@@ -35,7 +35,7 @@ pub use peers::{Finding, PeersConfig, PeersSettings};
 use crate::{
     cluster::Access,
     directory::etcd::settings::EtcdSettings,
-    gateway::{MAX_PEER_LINKS, edge_places},
+    gateway::{MAX_PEER_LINKS, WHOSE, edge_places},
     grants::Grants,
 };
 
@@ -166,6 +166,7 @@ settings! {
         peers: PeersSettings,
         etcd: EtcdSettings,
         link: LinkSettings,
+        streams: StreamSettings,
         drain: DrainSettings,
         admin: AdminSettings,
         log: LogSettings,
@@ -191,6 +192,8 @@ pub struct Config {
     pub heartbeat: Duration,
     /// Limits of each link to an edge.
     pub link: LinkConfig,
+    /// How long a stream may last without moving a byte.
+    pub timeouts: Timeouts,
     /// How long requests are still taken after the first signal.
     pub drain_delay: Duration,
     /// How long streams may go on after that.
@@ -326,6 +329,7 @@ impl Settings {
                 accept_streams: false,
                 ..LinkConfig::default()
             },
+            timeouts: self.streams.timeouts(WHOSE),
             drain_delay: self.drain.delay.value,
             drain_timeout: self.drain.timeout.value,
             admin: self.admin.listen.value.into_option(),
@@ -349,6 +353,7 @@ impl Settings {
         problems.within(&self.link.max_streams, &(1..=65_536), usize::to_string);
         problems.within(&self.link.receive_window, &(Size(0)..=Size(4 << 30)), |size| *size);
         problems.within(&self.link.receive_window_total, &(Size(0)..=Size(512 << 30)), |size| *size);
+        self.streams.check(problems);
         problems.within(&self.drain.delay, &(Duration::ZERO..=HOUR), duration);
         problems.within(&self.drain.timeout, &(Duration::ZERO..=HOUR), duration);
     }

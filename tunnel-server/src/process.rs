@@ -12,7 +12,7 @@ use prometheus_client::{metrics::gauge::Gauge, registry::Registry as MetricsRegi
 use tokio::{net::TcpListener, runtime};
 use tracing::{info, warn};
 use tunnel_core::{
-    LinkConfig, Timeouts,
+    LinkConfig,
     tls::{ClientTls, Domain, Files, ServerTls, TlsError},
 };
 use tunnel_edge::daemon::{
@@ -26,7 +26,7 @@ use crate::{
     config::{Config, Finding, PeersConfig},
     directory::etcd::{self, Etcd, EtcdConfig, EtcdError},
     edges::registry::LinkLimits,
-    gateway::{Gateway, GatewaySettings, PeerSettings, WHOSE},
+    gateway::{Gateway, GatewaySettings, PeerSettings},
     listener::UnixDoor,
 };
 
@@ -195,7 +195,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         allowed_clients,
         drain_delay: config.drain_delay,
         drain_timeout: config.drain_timeout,
-        timeouts: Timeouts::of(WHOSE),
+        timeouts: config.timeouts,
         request_seed,
     }
 }

@@ -117,3 +117,27 @@ fn every_value_can_come_from_the_environment() {
     assert_eq!(config.gateways.len(), 2);
     assert_eq!(config.admin, None);
 }
+
+#[test]
+fn streams_at_rest_have_times_and_none_turns_them_off() {
+    let times =
+        |flags: &[&str]| load_with(flags).map(|config| (config.timeouts.half_closed, config.timeouts.idle));
+    let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
+    assert_eq!(times(&[]), Ok((minutes(15), None)));
+    assert_eq!(load_with(&[]).unwrap().timeouts, Timeouts::of("the edge"));
+    let both = ["--streams-half-closed-timeout", "none", "--streams-idle-timeout", "1h"];
+    assert_eq!(times(&both), Ok((None, minutes(60))));
+    for (flag, given, says) in [
+        ("--streams-idle-timeout", "999ms", "999ms is out of range: use 1s to 7days"),
+        ("--streams-half-closed-timeout", "8days", "8days is out of range: use 1s to 7days"),
+        (
+            "--streams-idle-timeout",
+            "off",
+            "\"off\" is not a duration with its unit, such as 10s, 15m or 1h30m, or none",
+        ),
+    ] {
+        let problem = load_with(&[flag, given]).unwrap_err();
+        assert_eq!(problem.trim_end(), format!("{flag}: {says}"));
+    }
+    assert!(times(&["--streams-idle-timeout", "1s", "--streams-half-closed-timeout", "7days"]).is_ok());
+}

@@ -41,6 +41,19 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!((config.link.max_streams, config.link.window_budget), (1024, 16 << 20));
     assert_eq!(config.link.window_pool.unwrap().left(), 1 << 30);
     assert_eq!(config.admin.unwrap().port(), 8132);
+    assert_eq!(config.timeouts, Timeouts::of("the gateway"));
+}
+
+#[test]
+fn streams_at_rest_have_the_times_that_are_set() {
+    let config = load_with("streams: {half_closed_timeout: none, idle_timeout: 2h}").unwrap();
+    let times = (config.timeouts.half_closed, config.timeouts.idle, config.timeouts.whose);
+    assert_eq!(times, (None, Some(2 * HOUR), "the gateway"));
+    let problems = load_with("streams: {half_closed_timeout: 0s}").unwrap_err();
+    assert!(
+        problems.contains("streams.half_closed_timeout: 0s is out of range: use 1s to 7days"),
+        "{problems}"
+    );
 }
 
 #[test]

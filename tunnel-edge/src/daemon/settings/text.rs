@@ -166,7 +166,7 @@ impl fmt::Display for Size {
 }
 
 /// A value that the word `none` turns off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub enum OrNone<T> {
     /// Turned off.
     None,
@@ -192,6 +192,18 @@ impl Parse for OrNone<SocketAddr> {
         match text {
             "none" => Ok(Self::None),
             _ => text.parse().map(Self::Some).map_err(|_| not_expected::<Self>(text)),
+        }
+    }
+}
+
+impl Parse for OrNone<Duration> {
+    const PLACEHOLDER: &'static str = "DURATION";
+    const EXPECTED: &'static str = "a duration with its unit, such as 10s, 15m or 1h30m, or none";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            _ => humantime::parse_duration(text).map(Self::Some).map_err(|_| not_expected::<Self>(text)),
         }
     }
 }

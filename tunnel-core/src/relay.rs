@@ -662,3 +662,252 @@ impl Direction {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    };
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        task::JoinHandle,
+        time::{advance, timeout},
+    };
+
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+    const ALMOST_A_MINUTE: Duration = Duration::from_secs(55);
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    /// What a test tells a leg, and learns of it.
+    #[derive(Default)]
+    struct Told {
+        left: AtomicBool,
+        vanished: AtomicBool,
+        /// How often it was asked whether its far side is lost.
+        asked: AtomicUsize,
+    }
+
+    /// A pipe in memory as a leg.
+    struct Pipe(DuplexStream, Arc<Told>);
+
+    impl Pipe {
+        fn new() -> (DuplexStream, Arc<Told>, Self) {
+            let ((far, near), told) = (duplex(64), Arc::new(Told::default()));
+            (far, told.clone(), Self(near, told))
+        }
+    }
+
+    impl AsyncRead for Pipe {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Pipe {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    impl Leg for Pipe {
+        fn abort(&mut self, _: &Aborted) {}
+
+        fn poll_lost(&mut self, _: &mut Context<'_>) -> Poll<Lost> {
+            self.1.asked.fetch_add(1, Relaxed);
+            if self.1.left.load(Relaxed) { Poll::Ready(Lost::Left) } else { Poll::Pending }
+        }
+
+        fn vanished(&self) -> Option<io::Error> {
+            self.1.vanished.load(Relaxed).then(|| io::ErrorKind::TimedOut.into())
+        }
+    }
+
+    struct Rig {
+        client: DuplexStream,
+        target: DuplexStream,
+        /// Of the client's leg and of the target's.
+        told: [Arc<Told>; 2],
+        relay: JoinHandle<(RelayEnd, Duration)>,
+    }
+
+    impl Rig {
+        fn start(half_closed: Option<Duration>, idle: Option<Duration>) -> Self {
+            let ((client, one, first), (target, two, second)) = (Pipe::new(), Pipe::new());
+            let timeouts = Timeouts { half_closed, idle, whose: "the test" };
+            let begun = Instant::now();
+            let relay = relay(first, second, timeouts, std::future::pending());
+            let relay = tokio::spawn(async move { (relay.await.end, begun.elapsed()) });
+            Self { client, target, told: [one, two], relay }
+        }
+
+        /// How the relay ends, and when, unless it goes on for a day.
+        async fn end(&mut self) -> Option<(RelayEnd, Duration)> {
+            timeout(DAY, &mut self.relay).await.ok().map(Result::unwrap)
+        }
+    }
+
+    #[track_caller]
+    fn assert_given_up(end: Option<(RelayEnd, Duration)>, after: Duration, text: &str) {
+        let (end, took) = end.expect("it goes on");
+        assert_eq!(end, RelayEnd::TimedOut(Aborted::new(AbortCode::Timeout, text)));
+        assert!((after..=after + TICK).contains(&took), "{took:?} instead of {after:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_half_closed_stream_that_moves_no_byte_is_given_up() {
+        let text =
+            "no byte has moved for 60s since one direction ended (streams.half_closed_timeout of the test)";
+        for client_ends in [true, false] {
+            let mut rig = Rig::start(Some(MINUTE), None);
+            let (ends, other) = if client_ends {
+                (&mut rig.client, &mut rig.target)
+            } else {
+                (&mut rig.target, &mut rig.client)
+            };
+            // While both directions are open, nothing ends it.
+            advance(2 * MINUTE).await;
+            ends.shutdown().await.unwrap();
+            for _ in 0..3 {
+                sleep(ALMOST_A_MINUTE).await;
+                other.write_all(b"x").await.unwrap();
+                ends.read_exact(&mut [0]).await.unwrap();
+            }
+            assert_given_up(rig.end().await, 3 * MINUTE + 3 * ALMOST_A_MINUTE, text);
+        }
+        let mut rig = Rig::start(None, None);
+        rig.client.shutdown().await.unwrap();
+        assert!(rig.end().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_time_shorter_than_a_tick_is_kept() {
+        let second = Duration::from_secs(1);
+        let mut rig = Rig::start(Some(second), None);
+        rig.client.shutdown().await.unwrap();
+        let (end, took) = rig.end().await.unwrap();
+        assert!(matches!(end, RelayEnd::TimedOut(_)), "{end:?}");
+        assert!((second..=3 * second).contains(&took), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_open_stream_that_moves_no_byte_is_given_up_only_if_that_is_set() {
+        let mut rig = Rig::start(Some(MINUTE), Some(10 * MINUTE));
+        sleep(9 * MINUTE).await;
+        rig.client.write_all(b"x").await.unwrap();
+        let text = "no byte has moved for 600s (streams.idle_timeout of the test)";
+        assert_given_up(rig.end().await, 19 * MINUTE, text);
+        // A half-closed stream has a time of its own.
+        let mut rig = Rig::start(None, Some(10 * MINUTE));
+        rig.client.shutdown().await.unwrap();
+        assert!(rig.end().await.is_none());
+        assert!(Rig::start(Some(MINUTE), None).end().await.is_none());
+    }
+
+    /// Of a chunk that was read as a whole, each byte that is taken counts.
+    #[tokio::test(start_paused = true)]
+    async fn a_trickle_is_no_rest() {
+        let mut rig = Rig::start(Some(MINUTE), None);
+        rig.target.shutdown().await.unwrap();
+        // In both pipes, and in between. The last pipe's bytes have left the relay.
+        rig.client.write_all(&[7; 3 * 64]).await.unwrap();
+        for _ in 0..2 * 64 / 8 {
+            sleep(ALMOST_A_MINUTE).await;
+            rig.target.read_exact(&mut [0; 8]).await.unwrap();
+        }
+        assert!(!rig.relay.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_far_side_that_has_vanished_is_found_by_the_next_tick_even_while_bytes_move() {
+        for which in [0, 1] {
+            let mut rig = Rig::start(None, None);
+            let told = rig.told[which].clone();
+            let bytes = async {
+                loop {
+                    sleep(Duration::from_millis(100)).await;
+                    rig.target.write_all(b"x").await.unwrap();
+                    rig.client.read_exact(&mut [0]).await.unwrap();
+                }
+            };
+            let _ = timeout(2 * TICK + TICK / 2, bytes).await;
+            assert!(!rig.relay.is_finished());
+            told.vanished.store(true, Relaxed);
+            let (end, took) = rig.end().await.unwrap();
+            let (RelayEnd::FirstFailed(reason) | RelayEnd::SecondFailed(reason)) = &end else {
+                panic!("{end:?}")
+            };
+            assert_eq!(matches!(end, RelayEnd::FirstFailed(_)), which == 0);
+            assert_eq!((reason.code, took), (AbortCode::Reset, 3 * TICK), "{}", reason.text);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_far_side_that_has_left_is_lost_once_nothing_moves() {
+        let mut rig = Rig::start(None, None);
+        rig.told[0].left.store(true, Relaxed);
+        rig.client.shutdown().await.unwrap();
+        for _ in 0..20 {
+            sleep(REST * 4 / 5).await;
+            rig.target.write_all(b"x").await.unwrap();
+            rig.client.read_exact(&mut [0]).await.unwrap();
+        }
+        assert!(!rig.relay.is_finished());
+        let (end, took) = rig.end().await.unwrap();
+        let rested = took.saturating_sub(REST * 4 / 5 * 20);
+        assert!(
+            matches!(&end, RelayEnd::FirstFailed(reason) if reason.code == AbortCode::Cancelled),
+            "{end:?}"
+        );
+        assert!((REST..=2 * REST).contains(&rested), "{rested:?}");
+    }
+
+    /// What moves just before it is found that the far side has left, and was not seen to move, has its time too.
+    #[tokio::test(start_paused = true)]
+    async fn what_moves_just_before_the_far_side_leaves_has_its_time() {
+        let mut rig = Rig::start(None, None);
+        rig.client.shutdown().await.unwrap();
+        sleep(TICK * 9 / 5).await;
+        rig.told[0].left.store(true, Relaxed);
+        let begun = Instant::now();
+        rig.target.write_all(b"x").await.unwrap();
+        rig.end().await.unwrap();
+        assert_eq!(begun.elapsed(), REST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leg_is_asked_for_news_only_while_it_is_not_read_and_nothing_moves() {
+        let mut rig = Rig::start(None, None);
+        let asked = |rig: &Rig| [0, 1].map(|which| rig.told[which].asked.load(Relaxed) > 0);
+        sleep(MINUTE).await;
+        assert_eq!(asked(&rig), [false, false]);
+        rig.client.shutdown().await.unwrap();
+        for _ in 0..100 {
+            sleep(REST / 2).await;
+            rig.target.write_all(b"x").await.unwrap();
+            rig.client.read_exact(&mut [0]).await.unwrap();
+        }
+        assert_eq!(asked(&rig), [false, false]);
+        sleep(2 * REST).await;
+        assert_eq!(asked(&rig), [true, false]);
+    }
+}

@@ -95,6 +95,10 @@ struct Running {
 
 impl Running {
     fn start(first: impl Leg + 'static, second: impl Leg + 'static) -> Self {
+        Self::with(TIMEOUTS, first, second)
+    }
+
+    fn with(timeouts: Timeouts, first: impl Leg + 'static, second: impl Leg + 'static) -> Self {
         let (stop, stopped) = oneshot::channel();
         let stopped = async move {
             match stopped.await {
@@ -102,7 +106,7 @@ impl Running {
                 Err(_) => pending().await,
             }
         };
-        Self { task: tokio::spawn(relay(first, second, TIMEOUTS, stopped)), stop }
+        Self { task: tokio::spawn(relay(first, second, timeouts, stopped)), stop }
     }
 }
 
@@ -243,6 +247,32 @@ async fn whatever_is_lost_every_relay_ends_within_a_second() {
     }
 }
 
+/// By whichever end finds it first; the other learns whose setting it was.
+#[tokio::test]
+async fn a_stream_that_one_end_gives_up_is_aborted_at_the_other() {
+    for at_gateway in [true, false] {
+        let ((mut client, client_leg), (mut target, target_leg)) = (connection().await, connection().await);
+        let LinkedStream { near, far, near_holder, far_holder, wire } = LinkedStream::up().await;
+        let short = Timeouts { half_closed: Some(Duration::from_secs(1)), idle: None, whose: "one end" };
+        let (one, other) = if at_gateway { (short, TIMEOUTS) } else { (TIMEOUTS, short) };
+        let (gateway, edge) = (Running::with(one, client_leg, near), Running::with(other, far, target_leg));
+        client.shutdown().await.unwrap();
+        assert_eq!(target.read(&mut [0; 1]).await.unwrap(), 0);
+        let ends =
+            timeout(TIMEOUT, async { (gateway.task.await.unwrap().end, edge.task.await.unwrap().end) });
+        let (at_gateway_it, at_edge_it) = ends.await.expect("a relay goes on");
+        let (gives_up, learns) =
+            if at_gateway { (at_gateway_it, at_edge_it) } else { (at_edge_it, at_gateway_it) };
+        let RelayEnd::TimedOut(reason) = gives_up else { panic!("{gives_up:?}") };
+        assert!(reason.text.ends_with("(streams.half_closed_timeout of one end)"), "{}", reason.text);
+        assert_eq!(learns.reason(), Some(&reason));
+        for socket in [client, target] {
+            timeout(LIMIT, socket.ready(Interest::ERROR)).await.unwrap().unwrap();
+        }
+        drop((near_holder, far_holder, wire));
+    }
+}
+
 /// A client on a Unix socket, and the target behind a relay.
 async fn by_unix() -> (UnixStream, TcpStream, JoinHandle<Relayed>) {
     let (client, leg) = UnixStream::pair().unwrap();
@@ -301,24 +331,29 @@ async fn a_unix_client_that_only_ends_its_direction_still_gets_the_answer() {
     assert_eq!(end_in_time(relay).await, RelayEnd::Clean);
 }
 
-/// Both directions of its socket are closed then, as if it had gone: but it has not yet said all.
+/// Sends until the relay takes no more: how much.
+async fn fill(client: &mut UnixStream) -> usize {
+    SockRef::from(&client.as_fd()).set_send_buffer_size(1 << 20).unwrap();
+    let (piece, mut sent) = (vec![7; 16 * 1024], 0);
+    while let Ok(written) = timeout(Duration::from_millis(200), client.write(&piece)).await {
+        sent += written.unwrap();
+    }
+    assert!(sent > 256 * 1024, "{sent}");
+    sent
+}
+
+/// Both directions of its socket are closed then, as if it had gone: but it waits for what it said to arrive.
 #[tokio::test]
 async fn a_unix_client_that_has_ended_behind_the_target_is_heard_to_its_end() {
     let (mut client, mut target, relay) = by_unix().await;
     target.shutdown().await.unwrap();
     assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
-    let sent = vec![7; 8 << 20];
-    let sending = async {
-        client.write_all(&sent).await.unwrap();
-        client.shutdown().await.unwrap();
-    };
+    let sent = fill(&mut client).await;
+    client.shutdown().await.unwrap();
+    sleep(AT_REST * 2).await;
     let mut received = Vec::new();
-    let reading = async {
-        sleep(AT_REST * 2).await;
-        target.read_to_end(&mut received).await.unwrap();
-    };
-    tokio::join!(sending, reading);
-    assert_eq!(received.len(), sent.len());
+    target.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received.len(), sent);
     assert_eq!(end_in_time(relay).await, RelayEnd::Clean);
 }
 
@@ -326,12 +361,7 @@ async fn a_unix_client_that_has_ended_behind_the_target_is_heard_to_its_end() {
 #[tokio::test]
 async fn what_a_unix_client_said_before_it_exited_arrives() {
     let (mut client, mut target, relay) = by_unix().await;
-    SockRef::from(&client.as_fd()).set_send_buffer_size(1 << 20).unwrap();
-    let piece = vec![7; 16 * 1024];
-    let mut sent = 0;
-    while let Ok(written) = timeout(Duration::from_millis(200), client.write(&piece)).await {
-        sent += written.unwrap();
-    }
+    let sent = fill(&mut client).await;
     drop(client);
     let (mut received, mut some) = (0, vec![0; 64 * 1024]);
     loop {
@@ -341,7 +371,6 @@ async fn what_a_unix_client_said_before_it_exited_arrives() {
         }
         sleep(Duration::from_millis(50)).await;
     }
-    assert!(sent > 256 * 1024, "{sent}");
     assert_eq!(received, sent);
     let end = end_in_time(relay).await;
     assert!(matches!(&end, RelayEnd::FirstFailed(reason) if reason.code == AbortCode::Cancelled), "{end:?}");

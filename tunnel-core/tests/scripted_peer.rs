@@ -12,7 +12,7 @@ use std::{
 use bytes::BytesMut;
 use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader, DuplexStream, ReadBuf, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, DuplexStream, ReadBuf, duplex},
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
@@ -43,6 +43,11 @@ struct Script {
 
 /// A real gateway side whose edge is a script.
 async fn scripted() -> (LinkHandle, Script) {
+    scripted_with(Duration::from_millis(300)).await
+}
+
+/// The same, which waits for so long to learn how a stream has ended.
+async fn scripted_with(end_timeout: Duration) -> (LinkHandle, Script) {
     let (near, far) = duplex(1 << 20);
     let mut connection = yamux::Connection::new(near.compat(), yamux::Config::default(), yamux::Mode::Client);
     let mut control = std::future::poll_fn(|cx| connection.poll_new_outbound(cx)).await.unwrap();
@@ -65,7 +70,7 @@ async fn scripted() -> (LinkHandle, Script) {
             }
         }
     });
-    let config = LinkConfig { end_timeout: Duration::from_millis(300), ..LinkConfig::default() };
+    let config = LinkConfig { end_timeout, ..LinkConfig::default() };
     let accept = tokio::spawn(async move {
         let pending = Link::accept(BufReader::new(far), config).await.unwrap();
         pending.welcome(Welcome { version: 1, heartbeat_ms: 10_000, ..Welcome::default() }).unwrap()
@@ -158,6 +163,58 @@ async fn a_fin_that_is_never_confirmed_is_an_abort_after_a_bounded_wait() {
     wire.write_all(b"looks complete").await.unwrap();
     wire.close().await.unwrap();
     assert_eq!(code(&read_all(&mut stream).await.unwrap_err()), AbortCode::Reset);
+}
+
+/// What whoever uses a stream does when its far side resets it.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    Read,
+    Write,
+    Neither,
+}
+
+/// How a stream ends for its user.
+async fn failure(stream: &mut TunnelStream, used: Use) -> io::Error {
+    let failing = async {
+        match used {
+            Use::Read => stream.read(&mut [0; 1]).await.unwrap_err(),
+            Use::Write => loop {
+                if let Err(error) = AsyncWriteExt::write_all(stream, &[7; 4096]).await {
+                    break error;
+                }
+            },
+            Use::Neither => match std::future::poll_fn(|cx| stream.poll_lost(cx)).await {
+                Lost::Failed(error) => error,
+                Lost::Left => panic!("a stream of a link is left by a FIN"),
+            },
+        }
+    };
+    tokio::time::timeout(TIMEOUT, failing).await.expect("nothing tells that the stream is reset")
+}
+
+#[tokio::test]
+async fn a_reset_ends_a_stream_soon_and_with_its_reason_if_that_comes() {
+    for used in [Use::Read, Use::Write, Use::Neither] {
+        for explained in [true, false] {
+            let (gateway, mut edge) = scripted_with(TIMEOUT * 2).await;
+            let (mut stream, wire, number) = edge.open(&gateway, b"").await;
+            let user = tokio::spawn(async move { failure(&mut stream, used).await });
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(!user.is_finished(), "{used:?}");
+            let begun = tokio::time::Instant::now();
+            drop(wire);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if explained {
+                let text = "the drain is over".to_owned();
+                edge.send(Kind::Abort(Abort { stream: number, code: AbortCode::Drained.into(), text })).await;
+            }
+            let error = user.await.unwrap();
+            let expected = if explained { AbortCode::Drained } else { AbortCode::Reset };
+            assert_eq!(code(&error), expected, "{used:?}: {error}");
+            let took = begun.elapsed();
+            assert!(took < Duration::from_secs(1), "{used:?}, {explained}: took {took:?}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -289,7 +346,7 @@ impl Script {
         });
         wire.close().await.unwrap();
         self.send(end(number, Direction::ToOpener, 0)).await;
-        tokio::io::AsyncWriteExt::shutdown(&mut client).await.unwrap();
+        AsyncWriteExt::shutdown(&mut client).await.unwrap();
         let is_end = |kind: &Kind| matches!(kind, Kind::End(end) if end.stream == number);
         while !is_end(&self.hear().await) {}
         let ping = loop {

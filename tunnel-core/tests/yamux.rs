@@ -1122,6 +1122,39 @@ mod script {
         }
     }
 
+    /// Even if the stream is neither read nor written, as both of its directions rest.
+    #[test]
+    fn whoever_waits_for_a_reset_is_woken_by_it_and_by_nothing_that_comes_before() {
+        let mut far = acceptor();
+        far.takes(&[data(SYN, 1, b"abc")]);
+        let watch = |far: &mut Script, flag: &Arc<Flag>| {
+            poll(&mut far.session, flag, |session, cx| session.poll_reset(1, cx)).is_ready()
+        };
+        let say = |far: &mut Script, frame: &Frame| {
+            poll(&mut far.session, &Flag::new(false), |session, _| {
+                session.receive(&frame.bytes(), Instant::now())
+            })
+        };
+        let flag = Flag::new(false);
+        assert!(!watch(&mut far, &flag) && !far.session.is_reset(1));
+        for frame in [data(0, 1, b"d"), window(0, 1, 1), data(FIN, 1, b"")] {
+            say(&mut far, &frame).unwrap();
+            assert!(!flag.is_set() && !watch(&mut far, &flag), "{frame:?}");
+        }
+        ignore(&mut far.session, |session, _| session.finish(1));
+        assert!(!far.says().is_empty() && !watch(&mut far, &flag));
+        say(&mut far, &window(RST, 1, 0)).unwrap();
+        assert!(flag.is_set() && watch(&mut far, &flag) && far.session.is_reset(1));
+
+        // The end of the connection wakes too, but is no reset: whoever ends it says what it means.
+        far.takes(&[data(SYN, 3, b"abc")]);
+        let flag = Flag::new(false);
+        assert!(poll(&mut far.session, &flag, |session, cx| session.poll_reset(3, cx)).is_pending());
+        poll(&mut far.session, &Flag::new(false), |session, _| session.end());
+        assert!(flag.is_set() && !far.session.is_reset(3));
+        assert!(poll(&mut far.session, &flag, |session, cx| session.poll_reset(3, cx)).is_pending());
+    }
+
     #[test]
     fn bytes_in_a_reset_are_nobodys() {
         let mut far = acceptor();

@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Output, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -26,7 +27,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, copy_bidirectional, duplex},
+    io::{
+        AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, Interest, copy_bidirectional,
+        duplex,
+    },
     net::{TcpListener, TcpStream, UnixStream},
     process::Command,
     task::JoinSet,
@@ -334,5 +338,25 @@ async fn an_http2_stream_is_reset_and_refused_alone() {
     drop(other);
     drop(other_target);
     while tasks.join_next().await.is_some() {}
+    rig.close().await;
+}
+
+/// Its target is silent, and neither direction of the stream moves: only the reset itself tells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_http2_client_that_resets_a_half_closed_stream_ends_it_at_the_target() {
+    let rig = Rig::start_alone().await;
+    for connection in [H2::by_tls(&rig).await, H2::by_unix(&rig).await] {
+        let target = rig.target(NODES[0]);
+        let ((_response, mut send), mut target) = tokio::join!(connection.connect(&target), rig.accept(0));
+        send.send_data(Bytes::new(), true).unwrap();
+        assert_eq!(within("the client's end", target.read(&mut [0; 8])).await.unwrap(), 0);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let begun = tokio::time::Instant::now();
+        send.send_reset(Reason::CANCEL);
+        within("the failure", target.ready(Interest::ERROR)).await.unwrap();
+        assert!(target.take_error().unwrap().is_some());
+        rig.relaying(0).await;
+        assert!(begun.elapsed() < Duration::from_secs(1), "took {:?}", begun.elapsed());
+    }
     rig.close().await;
 }

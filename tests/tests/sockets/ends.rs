@@ -4,10 +4,11 @@
 use std::{io, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    net::{TcpStream, UnixStream},
     task::JoinHandle,
 };
+use tunnel_tests::connect::connect;
 
 use crate::rig::{Client, Rig, assert_reset, ping, raw, raw_end, within};
 
@@ -175,5 +176,51 @@ async fn a_reset_is_heard_at_once() {
     reset_target(target);
     assert_reset("the client", [raw(client)]).await;
     assert!(begun.elapsed() < Duration::from_secs(1), "took {:?}", begun.elapsed());
+    rig.close().await;
+}
+
+/// The socket fails, whether or not its far side's direction has ended.
+async fn fails(socket: TcpStream) {
+    within("the failure", socket.ready(Interest::ERROR)).await.unwrap();
+    assert!(socket.take_error().unwrap().is_some());
+}
+
+/// The target hangs, and only its edge can end the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_is_dropped_ends_half_closed_streams_at_the_edge() {
+    let mut rig = Rig::start_alone().await;
+    let (mut client, mut target) = running(&rig, "edge-a", 0).await;
+    client.shutdown().await.unwrap();
+    assert_eq!(within("the client's end", target.read(&mut [0; 8])).await.unwrap(), 0);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begun = tokio::time::Instant::now();
+    rig.gateway.take().unwrap().kill().await;
+    fails(target).await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "took {:?}", begun.elapsed());
+    rig.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_on_the_unix_socket_that_exits_is_noticed_while_its_target_is_silent() {
+    let rig = Rig::start_alone().await;
+    for ends_before in [false, true] {
+        let mut client = UnixStream::connect(&rig.unix).await.unwrap();
+        let wanted = rig.target("edge-a");
+        let (connected, mut target) = tokio::join!(connect(&mut client, &wanted), rig.accept(0));
+        connected.unwrap().unwrap();
+        ping(&mut client, &mut target).await;
+        if ends_before {
+            client.shutdown().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert_eq!(rig.probe.active_streams(), 1, "the client only ended its direction");
+        }
+        let begun = tokio::time::Instant::now();
+        drop(client);
+        // At the edge, and at the gateway.
+        assert_eq!(within("the client's end", target.read(&mut [0; 8])).await.unwrap(), 0);
+        fails(target).await;
+        rig.relaying(0).await;
+        assert!(begun.elapsed() < Duration::from_secs(1), "took {:?}", begun.elapsed());
+    }
     rig.close().await;
 }

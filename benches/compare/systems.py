@@ -145,7 +145,8 @@ def last_words(program: Program) -> str:
     return " | ".join(lines[-3:])[-400:] or "it says nothing"
 
 
-# edge-tunnel: the settings of deploy/examples, but for the addresses. YAML, of which JSON is a part.
+# edge-tunnel: the settings of deploy/examples, but for the addresses, and with room for all streams of one caller to one
+# port. YAML, of which JSON is a part.
 
 def edge_tunnel(stage: Stage, other: bool, socket: bool) -> list[str]:
     place, certificates = stage.place, stage.certificates
@@ -154,10 +155,14 @@ def edge_tunnel(stage: Stage, other: bool, socket: bool) -> list[str]:
     edges, ingress = place.port(), place.port()
     own = {"cert": str(gateway.cert), "key": str(gateway.key), "client_ca": ca}
     unix = stage.folder / "ingress.sock"
+    # An older build need not know of it, and had no such limit.
+    callers = {} if other else {"max_streams_per_caller": "none"}
     settings = {
         "gateway_id": "gateway-1",
         "edges": {"listen": f"{place.gateway_address}:{edges}", **own},
-        "ingress": {"listen": f"127.0.0.1:{ingress}", **own, "allowed_clients": [CLIENT], "unix": str(unix)},
+        "ingress": {"listen": f"127.0.0.1:{ingress}", **own, "allowed_clients": [CLIENT], "unix": str(unix),
+                    **callers},
+        "link": {"max_streams": 2048},
         "admin": {"listen": f"127.0.0.1:{place.port()}"},
     }
     stage.near("tunnel-server", binaries / "tunnel-server", "run", "--config",
@@ -166,6 +171,7 @@ def edge_tunnel(stage: Stage, other: bool, socket: bool) -> list[str]:
         "node": NODE, "gateways": [f"{place.gateway_address}:{edges}"], "proxy": "none",
         "tls": {"cert": str(node.cert), "key": str(node.key), "ca": ca},
         "kubelet": {"port": stage.target_port}, "allow": [f"node:{stage.target_port}"],
+        "link": {"max_streams": 2048},
         "admin": {"listen": f"127.0.0.1:{place.port()}"},
     }
     stage.far("tunnel-edge", binaries / "tunnel-edge", "run", "--config",

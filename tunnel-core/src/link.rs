@@ -63,6 +63,9 @@ pub struct LinkConfig {
     pub max_heartbeat: Duration,
     /// Streams at once; more are refused one by one.
     pub max_streams: usize,
+    /// Of those that this side opens, how many are only for requests that say [`OpenRequest::reserved`]. Not more than a
+    /// quarter is.
+    pub reserved_streams: usize,
     /// Bytes by which all receive windows of the link together may grow beyond 256 KiB a stream.
     pub window_budget: usize,
     /// By how much the receive windows of all links together may grow that have a part in this pool.
@@ -83,6 +86,7 @@ impl Default for LinkConfig {
             handshake_timeout: Duration::from_secs(10),
             max_heartbeat: Duration::from_secs(60),
             max_streams: 1024,
+            reserved_streams: 0,
             window_budget: 16 << 20,
             window_pool: None,
             end_timeout: Duration::from_secs(10),
@@ -180,11 +184,13 @@ pub enum OpenError {
         /// Its reason, for people.
         text: String,
     },
-    /// All streams of the link are in use.
-    #[error("the link carries as many streams as it may ({max})")]
+    /// All streams of the link that this one could be are in use.
+    #[error("the link carries as many streams as it may ({max}{})", Reserved(*.reserved))]
     Overloaded {
         /// The maximum.
         max: usize,
+        /// How many of them it could not be, since they are reserved for others.
+        reserved: usize,
     },
     /// The far side is about to leave, or all numbers of streams were used: another link is needed.
     #[error("the far side is draining")]
@@ -198,6 +204,18 @@ pub enum OpenError {
     /// The far side broke the protocol.
     #[error("the far side's answer was unusable: {0}")]
     Protocol(String),
+}
+
+/// Says how many streams are reserved, if any.
+struct Reserved(usize);
+
+impl fmt::Display for Reserved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, ", {count} of them reserved"),
+        }
+    }
 }
 
 /// What is asked of the far side for one stream.
@@ -215,6 +233,8 @@ pub struct OpenRequest {
     pub caller: String,
     /// Peer links only: whose edge shall dial.
     pub node: String,
+    /// It may be one of the link's [`LinkConfig::reserved_streams`].
+    pub reserved: bool,
 }
 
 /// What happens to a link.
@@ -303,8 +323,9 @@ impl LinkHandle {
         if shared.peer_draining.load(Relaxed) {
             return Err(OpenError::Draining);
         }
-        let overloaded = || OpenError::Overloaded { max: shared.max_streams };
-        let permit = shared.streams.permit().ok_or_else(overloaded)?;
+        let kept_from_it = if request.reserved { 0 } else { shared.streams.reserved() };
+        let overloaded = || OpenError::Overloaded { max: shared.max_streams, reserved: kept_from_it };
+        let permit = shared.streams.permit(request.reserved).ok_or_else(overloaded)?;
         let exchange = async {
             let mux = shared.mux.open().await.map_err(|failed| match failed {
                 OpenFailed::Ended => OpenError::LinkLost(self.end_reason()),
@@ -521,7 +542,7 @@ impl Link {
     }
 
     fn start(side: Side, mux: Mux, channel: ControlChannel, config: &LinkConfig) -> Self {
-        let streams = Arc::new(Streams::new(side, config.max_streams, config.end_timeout));
+        let streams = Arc::new(Streams::new(side, config));
         let handle = LinkHandle {
             shared: Arc::new(Shared {
                 mux: mux.handle,
@@ -571,7 +592,8 @@ impl Link {
                 continue;
             }
             let streams = self.handle.shared.streams.clone();
-            match streams.permit() {
+            // Which of them are reserved is for the far side to say, which opens them.
+            match streams.permit(true) {
                 Some(permit) => return LinkEvent::Stream(Incoming::new(stream, streams, permit)),
                 None => refuse_unread(&mut stream, RefusalCode::Overloaded, "too many streams on this link"),
             }

@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    link::LinkConfig,
     mux::MuxStream,
     proto::{
         MAX_MESSAGE, Side, clean_text,
@@ -54,6 +55,9 @@ pub(crate) struct Streams {
     /// There are no entries, for the moment.
     emptied: Notify,
     permits: Arc<Semaphore>,
+    /// For streams that must find a place while all others are taken.
+    reserved: Arc<Semaphore>,
+    max_reserved: usize,
     confirmations: Mutex<Confirmations>,
     ended: OnceLock<LinkEnd>,
     end_timeout: Duration,
@@ -108,23 +112,34 @@ impl Entry {
 }
 
 impl Streams {
-    pub(crate) fn new(side: Side, max_streams: usize, end_timeout: Duration) -> Self {
+    pub(crate) fn new(side: Side, config: &LinkConfig) -> Self {
+        let LinkConfig { max_streams, reserved_streams, end_timeout, .. } = *config;
+        let max_reserved = reserved_streams.min(max_streams / 4);
         Self {
             side,
             entries: Mutex::default(),
             outbox: Mutex::default(),
             outbox_filled: Notify::new(),
             emptied: Notify::new(),
-            permits: Arc::new(Semaphore::new(max_streams)),
+            permits: Arc::new(Semaphore::new(max_streams - max_reserved)),
+            reserved: Arc::new(Semaphore::new(max_reserved)),
+            max_reserved,
             confirmations: Mutex::default(),
             ended: OnceLock::new(),
             end_timeout,
         }
     }
 
-    /// A place for one more stream, if there is one.
-    pub(crate) fn permit(&self) -> Option<OwnedSemaphorePermit> {
-        self.permits.clone().try_acquire_owned().ok()
+    /// A place for one more stream, if there is one; for some, a reserved one while there are any.
+    pub(crate) fn permit(&self, may_be_reserved: bool) -> Option<OwnedSemaphorePermit> {
+        let permit = |of: &Arc<Semaphore>| of.clone().try_acquire_owned().ok();
+        let reserved = may_be_reserved.then(|| permit(&self.reserved)).flatten();
+        reserved.or_else(|| permit(&self.permits))
+    }
+
+    /// How many places are reserved.
+    pub(crate) fn reserved(&self) -> usize {
+        self.max_reserved
     }
 
     /// Streams with an entry.

@@ -72,8 +72,12 @@ impl Pair {
 
     /// A stream as both sides see it: gateway's end, edge's end.
     async fn stream(&mut self) -> (TunnelStream, TunnelStream) {
+        self.stream_for(request("edge-a:10250")).await
+    }
+
+    async fn stream_for(&mut self, request: OpenRequest) -> (TunnelStream, TunnelStream) {
         let gateway = self.gateway.clone();
-        let open = tokio::spawn(async move { gateway.open(request("edge-a:10250"), TIMEOUT).await });
+        let open = tokio::spawn(async move { gateway.open(request, TIMEOUT).await });
         let pending = self.pending().await;
         assert_eq!(pending.open().target, "edge-a:10250");
         let edge = pending.accept("127.0.0.1:10250".to_owned()).await.unwrap();
@@ -263,7 +267,7 @@ async fn streams_above_the_maximum_are_refused_one_by_one() {
     let first = pair.stream().await;
     let _second = pair.stream().await;
     let third = pair.gateway.open(request("edge-a:1"), TIMEOUT).await;
-    assert!(matches!(third, Err(OpenError::Overloaded { max: 2 })));
+    assert!(matches!(third, Err(OpenError::Overloaded { max: 2, reserved: 0 })));
     drop(first);
     // The place is free once the end has left for the far side.
     let deadline = Instant::now() + TIMEOUT;
@@ -272,6 +276,35 @@ async fn streams_above_the_maximum_are_refused_one_by_one() {
         tokio::task::yield_now().await;
     }
     tokio::time::timeout(TIMEOUT, pair.stream()).await.unwrap();
+}
+
+#[tokio::test]
+async fn reserved_streams_are_for_those_that_may_be_one() {
+    let (near, far) = duplex(64 * 1024);
+    // A quarter of eight, and not the three that are wanted.
+    let config = LinkConfig { max_streams: 8, reserved_streams: 3, ..LinkConfig::default() };
+    let mut pair = pair_over(near, far, config).await;
+    let reserved = || OpenRequest { reserved: true, ..request("edge-a:10250") };
+    let mut streams = Vec::new();
+    for _ in 0..5 {
+        streams.push(pair.stream().await);
+    }
+    streams.push(pair.stream_for(reserved()).await);
+    // The reserved one has taken none of the others' places.
+    streams.push(pair.stream().await);
+    let text = pair.gateway.open(request("edge-a:1"), TIMEOUT).await.unwrap_err().to_string();
+    assert_eq!(text, "the link carries as many streams as it may (8, 2 of them reserved)");
+    streams.push(pair.stream_for(reserved()).await);
+    let text = pair.gateway.open(reserved(), TIMEOUT).await.unwrap_err().to_string();
+    assert_eq!(text, "the link carries as many streams as it may (8)");
+    // One that may be reserved takes any other place, too.
+    streams.remove(0);
+    let deadline = Instant::now() + TIMEOUT;
+    while pair.gateway.active_streams() > 7 || pair.edge.handle().active_streams() > 7 {
+        assert!(Instant::now() < deadline);
+        tokio::task::yield_now().await;
+    }
+    tokio::time::timeout(TIMEOUT, pair.stream_for(reserved())).await.unwrap();
 }
 
 #[tokio::test]

@@ -147,6 +147,10 @@ fn summary(config: &Config) -> String {
     let listeners = [tcp, unix].into_iter().flatten().collect::<Vec<_>>().join(", ");
     let admin = config.admin.map_or_else(|| "off".to_owned(), |address| format!("http://{address}"));
     let peers = config.peers.as_ref().map_or_else(|| "nowhere: it is the only gateway".to_owned(), meeting);
+    let of_one_caller = match ingress.max_streams_per_caller {
+        Some(max) => format!(", and {max} of one caller to one node"),
+        None => String::new(),
+    };
     let cluster = config.cluster.as_ref();
     let cluster = cluster.map(|access| format!(" and the cluster's nodes ({access})")).unwrap_or_default();
     format!(
@@ -155,7 +159,7 @@ fn summary(config: &Config) -> String {
   take edges at    {} ({} links, {} a node)
   take clients at  {listeners}
   meet gateways    {peers}
-  carry            {} streams over {} connections, at most {} over one
+  carry            {} streams over {} connections, at most {} over one{of_one_caller}
   route            by node name, then by its grants{cluster}
   beat             every {}
   drain for        {} after a delay of {}

@@ -8,6 +8,7 @@ mod peers;
 use std::{
     fmt, fs,
     net::SocketAddr,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -110,6 +111,9 @@ settings_group! {
         max_connections: usize = "4096",
         /// Streams at one time, all nodes together. More are refused, one by one.
         max_streams: usize = "4096",
+        /// Streams at one time of one caller to one node, or none for as many as there are. A caller is a certificate's name;
+        /// all clients of Unix sockets are one. Beside these, 32 to the kubelet's port. More are refused, one by one.
+        max_streams_per_caller: OrNone<NonZeroUsize> = "512",
         /// Requests at one time on one HTTP/2 connection.
         max_streams_per_connection: u32 = "250",
         /// How long a client has to send the head of its request.
@@ -232,6 +236,8 @@ pub struct Ingress {
     pub max_connections: usize,
     /// Streams carried at one time.
     pub max_streams: usize,
+    /// Streams of one caller to one node at one time, if that is bounded.
+    pub max_streams_per_caller: Option<NonZeroUsize>,
     /// Requests at one time on one HTTP/2 connection.
     pub max_streams_per_connection: u32,
     /// How long a client has to send the head of its request.
@@ -427,6 +433,7 @@ impl Settings {
             unix: self.ingress.unix.value.clone().map(|path| IngressUnix { path, mode }),
             max_connections: *self.ingress.max_connections,
             max_streams: *self.ingress.max_streams,
+            max_streams_per_caller: self.ingress.max_streams_per_caller.value.into_option(),
             max_streams_per_connection: *self.ingress.max_streams_per_connection,
             header_timeout: *self.ingress.header_timeout,
             max_header_size: self.ingress.max_header_size.value.0,

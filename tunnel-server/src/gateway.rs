@@ -6,7 +6,7 @@
 //! and streams go on until the drain timeout, or until the edges have left; what is left is aborted; then the links are
 //! closed. Each step waits for its tasks.
 
-use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, num::NonZeroUsize, pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use prometheus_client::{metrics::counter::Counter, registry::Registry as MetricsRegistry};
@@ -42,7 +42,7 @@ use crate::{
         door::PeerDoor,
         mesh::{Mesh, Own},
     },
-    route::Router,
+    route::{Router, StreamLimits},
 };
 
 /// Links of peers at one time. A full mesh of more gateways is not what this is for.
@@ -88,6 +88,8 @@ pub struct GatewaySettings {
     pub max_waiting: usize,
     /// Streams at once, all together.
     pub max_streams: usize,
+    /// Streams at once of one caller to one node.
+    pub max_streams_per_caller: Option<NonZeroUsize>,
     /// Streams at once on one HTTP/2 connection.
     pub max_streams_per_connection: u32,
     /// Names of client certificates that may send requests; empty: every certificate of the control plane's CA.
@@ -155,6 +157,7 @@ impl GatewaySettings {
             max_ingress_connections: 10_000,
             max_waiting: usize::MAX,
             max_streams: 4096,
+            max_streams_per_caller: NonZeroUsize::new(512),
             max_streams_per_connection: 250,
             allowed_clients: BTreeSet::new(),
             drain_delay: Duration::ZERO,
@@ -320,7 +323,7 @@ impl Gateway {
             grants.clone(),
             (directory, peering.as_ref().map(|peering| peering.mesh.clone())),
             settings.dial_timeout,
-            settings.max_streams,
+            StreamLimits { total: settings.max_streams, per_caller: settings.max_streams_per_caller },
             metrics.clone(),
         );
         let ingress = Ingress::new(

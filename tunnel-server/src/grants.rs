@@ -23,6 +23,8 @@ pub enum Identifier {
     DefaultRoute,
 }
 
+/// Where a kubelet listens, unless its node says otherwise.
+const KUBELET_PORT: u16 = 10250;
 /// How the default route is written.
 const DEFAULT_ROUTE: &str = "default-route";
 
@@ -117,6 +119,8 @@ pub struct Grants {
     holders: BTreeMap<Identifier, BTreeSet<NodeId>>,
     /// The prefix lengths that occur, the longest last.
     prefix_lengths: BTreeSet<u8>,
+    /// Where kubelets listen, if not at [`KUBELET_PORT`].
+    kubelet_ports: BTreeMap<NodeId, u16>,
     /// Why the cluster's nodes are not in the table, while they should be.
     unread: Option<String>,
 }
@@ -141,6 +145,13 @@ impl Grants {
     /// A node that exists, whether anything is granted to it or not.
     pub(crate) fn add_node(&mut self, node: NodeId) {
         self.by_node.entry(node).or_default();
+    }
+
+    /// Where the node's kubelet listens. Only what the node gets beyond others depends on it, so its own word will do.
+    pub(crate) fn set_kubelet_port(&mut self, node: NodeId, port: u16) {
+        if port != KUBELET_PORT {
+            self.kubelet_ports.insert(node, port);
+        }
     }
 
     /// What a node may have a right to without being granted it: if another holds it, routing refuses and names both.
@@ -176,6 +187,16 @@ impl Grants {
     /// What a node serves beside its own name.
     pub(crate) fn of(&self, node: &NodeId) -> impl Iterator<Item = &Identifier> {
         self.by_node.get(node).into_iter().flatten()
+    }
+
+    /// Whether the node is granted exactly this host, and not a network around it or all that is left.
+    pub(crate) fn has_exactly(&self, node: &NodeId, host: &Host) -> bool {
+        self.by_node.get(node).is_some_and(|granted| granted.contains(&Identifier::Host(host.clone())))
+    }
+
+    /// Where the node's kubelet listens.
+    pub(crate) fn kubelet_port(&self, node: &NodeId) -> u16 {
+        self.kubelet_ports.get(node).copied().unwrap_or(KUBELET_PORT)
     }
 
     /// Who has a right to exactly this.

@@ -22,6 +22,7 @@
 
 #![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::disallowed_types))]
 
+mod callers;
 pub mod cli;
 mod cluster;
 pub mod config;

@@ -72,12 +72,15 @@ pub enum PeerAddr {
     },
 }
 
+/// How the address of a process of this machine begins as text.
+pub(crate) const UNIX_CALLER: &str = "uid:";
+
 impl fmt::Display for PeerAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ip(address) => address.fmt(f),
-            Self::Unix { uid, pid: Some(pid) } => write!(f, "uid:{uid}/pid:{pid}"),
-            Self::Unix { uid, pid: None } => write!(f, "uid:{uid}"),
+            Self::Unix { uid, pid: Some(pid) } => write!(f, "{UNIX_CALLER}{uid}/pid:{pid}"),
+            Self::Unix { uid, pid: None } => write!(f, "{UNIX_CALLER}{uid}"),
         }
     }
 }

@@ -191,6 +191,7 @@ fn settings(config: &Config, request_seed: u32) -> GatewaySettings {
         max_ingress_connections: ingress.max_connections,
         max_waiting: max_waiting(config),
         max_streams: ingress.max_streams,
+        max_streams_per_caller: ingress.max_streams_per_caller,
         max_streams_per_connection: ingress.max_streams_per_connection,
         allowed_clients,
         drain_delay: config.drain_delay,

@@ -3,7 +3,7 @@
 //! that have come a hop already; asks `grants`, `edges::registry` and `directory`, and opens the stream with core's
 //! `LinkHandle`.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -16,6 +16,7 @@ use tunnel_core::{
 };
 
 use crate::{
+    callers::{CallerPlace, Callers},
     directory::{Directory, Holder as Elsewhere},
     edges::registry::{Lookup, Registry},
     grants::{Holder, SharedGrants},
@@ -57,8 +58,19 @@ pub(crate) struct Routed {
     pub(crate) address: String,
     /// The peer that holds the node's link, if it is not this gateway.
     pub(crate) via: Option<GatewayId>,
-    /// Its place among the streams of this gateway, given back when it has ended.
-    _place: OwnedSemaphorePermit,
+    /// Its place among the streams of this gateway and of its caller, given back when it has ended.
+    _place: Place,
+}
+
+type Place = (OwnedSemaphorePermit, Option<CallerPlace>);
+
+/// How many streams a gateway carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StreamLimits {
+    /// All together.
+    pub(crate) total: usize,
+    /// Those of one caller to one node, beside those to its kubelet that are kept for it.
+    pub(crate) per_caller: Option<NonZeroUsize>,
 }
 
 /// Why a request did not reach its target.
@@ -108,6 +120,12 @@ pub(crate) enum RouteError {
         "this gateway carries as many streams as it may ({max}): raise ingress.max_streams, or add a gateway"
     )]
     GatewayFull { max: usize },
+    /// The caller has as many streams to the node as it may.
+    #[error(
+        "{caller} has as many streams to node {node} as one caller may ({max}): close some, or raise \
+         ingress.max_streams_per_caller"
+    )]
+    CallerFull { node: NodeId, caller: String, max: NonZeroUsize },
     /// The link carries as many streams as it may.
     #[error("node {node} is busy: {text}")]
     Overloaded { node: NodeId, text: String },
@@ -208,6 +226,8 @@ pub(crate) struct Router {
     /// For every stream of this gateway.
     places: Arc<Semaphore>,
     max_streams: usize,
+    /// For those of each caller, if that is bounded.
+    callers: Option<Arc<Callers>>,
     metrics: Metrics,
 }
 
@@ -252,12 +272,13 @@ impl Router {
         grants: SharedGrants,
         (directory, mesh): (Arc<dyn Directory>, Option<Arc<Mesh>>),
         dial_timeout: Duration,
-        max_streams: usize,
+        limits: StreamLimits,
         metrics: Metrics,
     ) -> Self {
-        let max_streams = max_streams.clamp(1, Semaphore::MAX_PERMITS);
+        let max_streams = limits.total.clamp(1, Semaphore::MAX_PERMITS);
         let places = Arc::new(Semaphore::new(max_streams));
-        Self { registry, grants, directory, mesh, dial_timeout, places, max_streams, metrics }
+        let callers = limits.per_caller.map(Callers::new);
+        Self { registry, grants, directory, mesh, dial_timeout, places, max_streams, callers, metrics }
     }
 
     /// Connects the target of a request.
@@ -331,15 +352,15 @@ impl Router {
         request: &Request,
         deadline: Instant,
     ) -> Result<Routed, RouteError> {
-        let full = |_| RouteError::GatewayFull { max: self.max_streams };
-        let place = self.places.clone().try_acquire_owned().map_err(full)?;
+        let to_kubelet = self.is_kubelet(node, &request.target);
+        let place = self.place(node, request, to_kubelet)?;
         let mut failure = None;
         for (attempt, way) in ways.iter().take(ATTEMPTS).enumerate() {
             let is_last = attempt + 1 == ways.len().min(ATTEMPTS);
             let opened = tokio::select! {
                 // An answer goes before the suspicion that there will be none.
                 biased;
-                opened = self.open_on(way, node, request, deadline) => opened,
+                opened = self.open_on(way, node, request, to_kubelet, deadline) => opened,
                 () = self.falls_silent(way.link()), if !is_last => {
                     let text = "the link has been silent since it was asked".to_owned();
                     Err(RouteError::LinkLost { node: node.clone(), text })
@@ -358,6 +379,29 @@ impl Router {
             }
         }
         Err(failure.unwrap_or_else(|| RouteError::Draining { node: node.clone() }))
+    }
+
+    /// Places for a stream that is still to be opened.
+    fn place(&self, node: &NodeId, request: &Request, to_kubelet: bool) -> Result<Place, RouteError> {
+        let full = |_| RouteError::GatewayFull { max: self.max_streams };
+        let place = self.places.clone().try_acquire_owned().map_err(full)?;
+        let caller = &request.caller;
+        let of_caller = self.callers.as_ref().map(|callers| callers.place(node, caller, to_kubelet));
+        let too_many = |max| {
+            let caller = caller.counted_as().to_owned();
+            RouteError::CallerFull { node: node.clone(), caller, max }
+        };
+        Ok((place, of_caller.transpose().map_err(too_many)?))
+    }
+
+    /// Whether the target is the node's own kubelet, and not a pod that has the same port.
+    fn is_kubelet(&self, node: &NodeId, target: &Target) -> bool {
+        let grants = self.grants.load();
+        let is_node_itself = || match &target.host {
+            Host::Name(name) if name == node.as_str() => true,
+            host => grants.has_exactly(node, host),
+        };
+        target.port == grants.kubelet_port(node) && is_node_itself()
     }
 
     /// Completes when a part of the dial timeout has passed without a byte from the link: it may be half-open. A link that
@@ -457,6 +501,7 @@ impl Router {
         way: &Way,
         node: &NodeId,
         request: &Request,
+        to_kubelet: bool,
         deadline: Instant,
     ) -> Result<(TunnelStream, String), RouteError> {
         let open = OpenRequest {
@@ -467,6 +512,7 @@ impl Router {
             caller: request.caller.to_string(),
             // Only a peer needs to be told.
             node: way.gateway().map(|_| node.to_string()).unwrap_or_default(),
+            reserved: to_kubelet,
         };
         let left = deadline.saturating_duration_since(Instant::now());
         let opened = way.link().open(open, left).await;

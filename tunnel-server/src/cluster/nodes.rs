@@ -60,9 +60,23 @@ struct Spec {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 struct Status {
     addresses: Option<Vec<Address>>,
+    daemon_endpoints: Option<DaemonEndpoints>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DaemonEndpoints {
+    kubelet_endpoint: Option<DaemonEndpoint>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct DaemonEndpoint {
+    /// Kubernetes writes this one with a capital. Any number may stand there.
+    #[serde(rename = "Port", default)]
+    port: i64,
 }
 
 /// An address or a host name. Its type is not looked at: a `Hostname` may well be an address.
@@ -129,6 +143,7 @@ pub(super) enum Dropped {
 struct Claims {
     addresses: BTreeSet<IpAddr>,
     networks: BTreeSet<IpNet>,
+    kubelet_port: Option<u16>,
     dropped: BTreeSet<Dropped>,
 }
 
@@ -186,8 +201,11 @@ impl Nodes {
             }
         }
         let mut table = configured.clone();
-        for node in nodes.keys() {
+        for (node, claims) in &nodes {
             table.add_node(node.clone());
+            if let Some(port) = claims.kubelet_port {
+                table.set_kubelet_port(node.clone(), port);
+            }
             // A name that is an address is a right to it: routing must see it beside the claims of others.
             if let Ok(host @ Host::Ip(_)) = node.as_str().parse() {
                 table.contest(node.clone(), Identifier::Host(host));
@@ -224,6 +242,9 @@ fn read(node: Node) -> (String, Claims) {
         let (node, claim) = (name.chars().take(80).collect(), claim.chars().take(80).collect());
         Dropped::Unusable { node, claim }
     };
+    let kubelet = node.status.daemon_endpoints.and_then(|endpoints| endpoints.kubelet_endpoint);
+    let port = kubelet.and_then(|kubelet| u16::try_from(kubelet.port).ok());
+    claims.kubelet_port = port.filter(|port| *port != 0);
     let addresses = node.status.addresses.unwrap_or_default();
     let networks = node.spec.pod_cidrs.filter(|cidrs| !cidrs.is_empty());
     let networks = networks.unwrap_or_else(|| node.spec.pod_cidr.into_iter().collect());

@@ -57,6 +57,21 @@ fn streams_at_rest_have_the_times_that_are_set() {
 }
 
 #[test]
+fn a_callers_streams_are_bounded_unless_that_is_turned_off() {
+    let of = |said: &str| {
+        let flags = ["--ingress-max-streams-per-caller", said];
+        load(NEEDED, &flags).map(|config| config.ingress.max_streams_per_caller)
+    };
+    assert_eq!(load_with("").unwrap().ingress.max_streams_per_caller, NonZeroUsize::new(512));
+    assert_eq!(of("1"), Ok(NonZeroUsize::new(1)));
+    assert_eq!(of("none"), Ok(None));
+    for said in ["0", "1.5", "off"] {
+        let problem = of(said).unwrap_err();
+        assert!(problem.contains("is not a number from 1 on, or none"), "{problem}");
+    }
+}
+
+#[test]
 fn the_host_names_the_gateway() {
     let file = NEEDED.replace("gateway_id: gw-1", "");
     match load(&file, &[]) {

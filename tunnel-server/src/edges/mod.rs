@@ -34,6 +34,7 @@ use tunnel_core::{
 use self::registry::{Place, Registration, Registry};
 use crate::{
     SOFTWARE,
+    callers::FOR_KUBELET,
     directory::Generation,
     grants::{Grants, SharedGrants},
     listener::{Guest, PeerAddr, handshake},
@@ -139,6 +140,7 @@ impl EdgeDoor {
         let link = LinkConfig {
             handshake_timeout: settings.handshake_timeout,
             accept_streams: false,
+            reserved_streams: FOR_KUBELET,
             ..settings.link
         };
         let settings = EdgeSettings { link, ..settings };

@@ -11,6 +11,7 @@ pub(crate) mod reply;
 use std::{
     collections::BTreeSet,
     fmt,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -36,7 +37,7 @@ use tunnel_core::{
 pub(crate) use self::http2::STREAM_WINDOW as HTTP2_WINDOW;
 use self::reply::{Refusal, Reply};
 use crate::{
-    listener::{Guest, PeerAddr, handshake},
+    listener::{Guest, PeerAddr, UNIX_CALLER, handshake},
     metrics::{Counted, Metrics},
     route::{Request, Routed, Router},
 };
@@ -94,6 +95,16 @@ impl Caller {
     /// A peer has admitted it.
     pub(crate) fn told_by_peer(caller: &str) -> Self {
         Self(clean_text(caller))
+    }
+
+    /// Whose streams its streams are when they are counted: of one certificate's name, of one address where the
+    /// certificate has no name, or of all processes behind Unix sockets.
+    pub(crate) fn counted_as(&self) -> &str {
+        match self.0.rsplit_once(':') {
+            Some(_) if self.0.starts_with(UNIX_CALLER) => "unix",
+            Some((host, _)) if self.0.parse::<SocketAddr>().is_ok() => host,
+            _ => &self.0,
+        }
     }
 }
 

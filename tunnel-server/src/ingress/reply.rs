@@ -8,6 +8,7 @@
 //! | 404 | no such node, and nobody is granted the host | `destination_not_found` |
 //! | 405 | not CONNECT | `http_request_error` |
 //! | 408 | the request's head did not come in time | `http_request_error` |
+//! | 429 | the caller has as many streams to the node as one caller may | `connection_limit_reached` |
 //! | 431 | the request's head is too long | `http_request_error` |
 //! | 502 | the target refused (`connection_refused`), cannot be reached (`destination_ip_unroutable`), or its name is unknown (`dns_error`) | as said |
 //! | 502 | the host is granted to several nodes: the caller can mend it by naming one | `destination_not_found` |
@@ -122,6 +123,10 @@ fn route_kind(error: &RouteError) -> Kind {
         E::GatewayFull { .. } | E::Overloaded { .. } => {
             unavailable("connection_limit_reached", "overloaded", 1)
         }
+        E::CallerFull { .. } => Kind {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            ..unavailable("connection_limit_reached", "caller_limit", 1)
+        },
         E::TimedOut { .. } => kind(StatusCode::GATEWAY_TIMEOUT, "connection_timeout", "timed_out"),
         E::Protocol { .. } => kind(StatusCode::BAD_GATEWAY, "proxy_internal_error", "edge_protocol"),
         E::Refused { code, .. } => refused_kind(*code),
@@ -262,6 +267,15 @@ mod tests {
             ),
             (RouteError::Draining { node: node() }, 503, "destination_unavailable"),
             (RouteError::GatewayFull { max: 9 }, 503, "connection_limit_reached"),
+            (
+                RouteError::CallerFull {
+                    node: node(),
+                    caller: "kube-apiserver".to_owned(),
+                    max: 512.try_into().unwrap(),
+                },
+                429,
+                "connection_limit_reached",
+            ),
             (RouteError::Overloaded { node: node(), text: text() }, 503, "connection_limit_reached"),
             (RouteError::LinkLost { node: node(), text: text() }, 503, "destination_unavailable"),
             (RouteError::TimedOut { node: node(), target, timeout }, 504, "connection_timeout"),
@@ -297,7 +311,8 @@ mod tests {
             let expected =
                 format!("tunnel-server-1-gateway.example; error={proxy_error}; details=\"{words}\"");
             assert_eq!(field(&reply, "proxy-status"), Some(expected.as_str()));
-            assert_eq!(field(&reply, "retry-after").is_some(), status == 503, "{words}");
+            let is_for_now = matches!(status, 429 | 503);
+            assert_eq!(field(&reply, "retry-after").is_some(), is_for_now, "{words}");
             assert_eq!(reply.body(), format!("{words}\n"));
         }
     }

@@ -329,7 +329,7 @@ fn refusal_code(error: &RouteError) -> RefusalCode {
             RefusalCode::NoSuchNode
         }
         E::LinkLost { .. } => RefusalCode::LinkLost,
-        E::GatewayFull { .. } | E::Overloaded { .. } => RefusalCode::Overloaded,
+        E::GatewayFull { .. } | E::CallerFull { .. } | E::Overloaded { .. } => RefusalCode::Overloaded,
         E::TimedOut { .. } => RefusalCode::DialTimeout,
         // An edge that says what only gateways say would make its node unknown to the peer.
         E::Refused { code, .. } if !matches!(code, RefusalCode::NoSuchNode | RefusalCode::LinkLost) => *code,
@@ -432,6 +432,14 @@ mod tests {
             (RouteError::LinkLost { node: node("edge-a"), text: text() }, C::LinkLost),
             (RouteError::Overloaded { node: node("edge-a"), text: text() }, C::Overloaded),
             (RouteError::GatewayFull { max: 1 }, C::Overloaded),
+            (
+                RouteError::CallerFull {
+                    node: node("edge-a"),
+                    caller: "me".to_owned(),
+                    max: 1.try_into().unwrap(),
+                },
+                C::Overloaded,
+            ),
             (RouteError::Protocol { node: node("edge-a"), text: text() }, C::Internal),
             (refused(C::ConnectionRefused), C::ConnectionRefused),
             (refused(C::NotAllowed), C::NotAllowed),

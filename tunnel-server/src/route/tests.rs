@@ -9,7 +9,7 @@ use tunnel_core::{
 
 use super::*;
 use crate::{
-    directory::peers::Peers,
+    directory::{Memory, peers::Peers},
     edges::registry::{LinkLimits, Registration},
     grants::Grants,
     peers::mesh::Own,
@@ -17,6 +17,7 @@ use crate::{
 };
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(9);
+const LIMITS: StreamLimits = StreamLimits { total: 16, per_caller: NonZeroUsize::new(3) };
 
 fn gateway(name: &str) -> GatewayId {
     name.parse().unwrap()
@@ -43,7 +44,7 @@ impl Site {
         let mesh = Mesh::new(own, peers.clone(), LinkConfig::default(), DIAL_TIMEOUT, metrics());
         let others = (peers.clone() as Arc<dyn Directory>, Some(mesh.clone()));
         let grants = SharedGrants::new(Grants::default());
-        let router = Router::new(registry.clone(), grants, others, DIAL_TIMEOUT, 16, metrics());
+        let router = Router::new(registry.clone(), grants, others, DIAL_TIMEOUT, LIMITS, metrics());
         Self { registry, peers, mesh, router }
     }
 
@@ -248,4 +249,93 @@ async fn a_gateway_that_is_out_of_reach_is_not_said_to_be_without_the_node() {
         text.starts_with("node edge-a was linked to gateway gw-b, to which this gateway lost its link"),
         "{text}"
     );
+}
+
+/// A stream to the local edge, and its far end.
+async fn opened(
+    site: &Site,
+    link: &mut TestLink,
+    request: Request,
+) -> Result<(Routed, TunnelStream), RouteError> {
+    let mut opening = std::pin::pin!(site.router.open(&request));
+    let far = tokio::select! {
+        biased;
+        // What is refused does not come to the edge.
+        opened = &mut opening => return Err(opened.unwrap_err()),
+        pending = link.pending() => pending.accept("there".to_owned()).await.unwrap(),
+    };
+    Ok((opening.await?, far))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_has_all_it_may_leaves_the_node_to_others_and_to_its_kubelet() {
+    let site = Site::new();
+    let mut link = TestLink::up().await;
+    let _stays = site.local(&link);
+    let to = |target: &str| Request { target: target.parse().unwrap(), ..request() };
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(opened(&site, &mut link, to("edge-a:22")).await.unwrap());
+    }
+    let refused = opened(&site, &mut link, to("edge-a:22")).await.unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "me has as many streams to node edge-a as one caller may (3): close some, or raise \
+         ingress.max_streams_per_caller"
+    );
+    // Whichever way its requests come.
+    let here = site.router.open_here(&node("edge-a"), &to("edge-a:22"), DIAL_TIMEOUT).await;
+    assert!(matches!(here, Err(RouteError::CallerFull { .. })), "{here:?}");
+    held.push(opened(&site, &mut link, to("edge-a:10250")).await.unwrap());
+    let other = Request { caller: Caller::told_by_peer("another"), ..to("edge-a:22") };
+    held.push(opened(&site, &mut link, other).await.unwrap());
+    // What was refused holds no place of the gateway either.
+    assert_eq!(site.router.places.available_permits(), LIMITS.total - held.len());
+    held.remove(0);
+    held.push(opened(&site, &mut link, to("edge-a:22")).await.unwrap());
+    assert!(opened(&site, &mut link, to("edge-a:22")).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn places_of_a_link_are_kept_for_the_kubelet() {
+    let site = Site::new();
+    let link = LinkConfig { max_streams: 4, reserved_streams: 1, ..LinkConfig::default() };
+    let mut link = TestLink::with(link).await;
+    let _stays = site.local(&link);
+    let mut held = Vec::new();
+    for name in ["one", "two", "three"] {
+        let request = Request { caller: Caller::told_by_peer(name), ..request() };
+        held.push(opened(&site, &mut link, request).await.unwrap());
+    }
+    let text = opened(&site, &mut link, request()).await.unwrap_err().to_string();
+    assert_eq!(
+        text,
+        "node edge-a is busy: the link carries as many streams as it may (4, 1 of them reserved)"
+    );
+    let kubelet = Request { target: "edge-a:10250".parse().unwrap(), ..request() };
+    held.push(opened(&site, &mut link, kubelet).await.unwrap());
+}
+
+#[test]
+fn the_kubelet_is_known_by_its_node_and_port() {
+    let granted = [("edge-a", "10.0.0.1"), ("edge-a", "10.244.0.0/24"), ("edge-a", "default-route")];
+    let mut grants: Grants = granted.iter().map(|(name, what)| (node(name), what.parse().unwrap())).collect();
+    let is_kubelet = |grants: &Grants, name: &str, target: &str| {
+        let alone = (Arc::new(Memory) as Arc<dyn Directory>, None);
+        let registry = Registry::new(LinkLimits { total: 1, per_node: 1 }, metrics());
+        let grants = SharedGrants::new(grants.clone());
+        let router = Router::new(registry, grants, alone, DIAL_TIMEOUT, LIMITS, metrics());
+        router.is_kubelet(&node(name), &target.parse().unwrap())
+    };
+    for target in ["edge-a:10250", "10.0.0.1:10250"] {
+        assert!(is_kubelet(&grants, "edge-a", target), "{target}");
+    }
+    for target in ["edge-a:10251", "10.0.0.1:22", "10.244.0.7:10250", "elsewhere:10250"] {
+        assert!(!is_kubelet(&grants, "edge-a", target), "{target}");
+    }
+    assert!(!is_kubelet(&grants, "edge-b", "10.0.0.1:10250"));
+    grants.set_kubelet_port(node("edge-a"), 11_250);
+    assert!(is_kubelet(&grants, "edge-a", "edge-a:11250"));
+    assert!(!is_kubelet(&grants, "edge-a", "edge-a:10250"));
+    assert!(is_kubelet(&grants, "edge-b", "edge-b:10250"));
 }

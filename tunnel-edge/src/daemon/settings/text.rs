@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
     path::PathBuf,
     time::Duration,
 };
@@ -204,6 +205,18 @@ impl Parse for OrNone<Duration> {
         match text {
             "none" => Ok(Self::None),
             _ => humantime::parse_duration(text).map(Self::Some).map_err(|_| not_expected::<Self>(text)),
+        }
+    }
+}
+
+impl Parse for OrNone<NonZeroUsize> {
+    const PLACEHOLDER: &'static str = "N";
+    const EXPECTED: &'static str = "a number from 1 on, or none";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            _ => text.parse().map(Self::Some).map_err(|_| not_expected::<Self>(text)),
         }
     }
 }

@@ -49,6 +49,23 @@ fn one(name: &str) -> Holder {
 }
 
 #[test]
+fn a_node_says_where_its_kubelet_listens() {
+    let port_of = |said: &str| {
+        let mut state = Nodes::default();
+        let status = format!(r#"{{"daemonEndpoints":{said}}}"#);
+        state.apply(Event::Apply(parse(&format!(r#"{{"metadata":{{"name":"edge-a"}},"status":{status}}}"#))));
+        state.grants(&Grants::default()).0.kubelet_port(&node("edge-a"))
+    };
+    assert_eq!(port_of(r#"{"kubeletEndpoint":{"Port":11250}}"#), 11_250);
+    for said in ["{}", "null", r#"{"kubeletEndpoint":{}}"#, r#"{"kubeletEndpoint":{"Port":10250}}"#] {
+        assert_eq!(port_of(said), 10_250, "{said}");
+    }
+    for port in ["0", "65536", "-1", "4294967296"] {
+        assert_eq!(port_of(&format!(r#"{{"kubeletEndpoint":{{"Port":{port}}}}}"#)), 10_250, "{port}");
+    }
+}
+
+#[test]
 fn a_node_is_granted_its_addresses_and_pod_networks_and_nothing_else() {
     let addresses = ["10.0.0.1", "2001:db8::1", "Edge-A.Internal.", "edge-a", "::ffff:10.0.0.9"];
     let (table, dropped) = granted(&[("edge-a", &addresses, &["10.244.1.0/24", "fd00:1::/64"])], &[]);

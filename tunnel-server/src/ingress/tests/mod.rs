@@ -9,13 +9,13 @@ use tokio::{io::DuplexStream, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tunnel_core::{InstanceId, LinkConfig, Timeouts, proto::messages::RefusalCode};
 
-use super::{Ingress, IngressSettings, is_sane_id, is_traceparent};
+use super::{Caller, Ingress, IngressSettings, is_sane_id, is_traceparent};
 use crate::{
     directory::{Directory, Memory},
     edges::registry::{LinkLimits, Registration, Registry},
     grants::{Grants, SharedGrants},
     listener::PeerAddr,
-    route::Router,
+    route::{Router, StreamLimits},
     testing::{TestLeg, TestLink, metrics, node},
 };
 
@@ -56,9 +56,10 @@ impl Site {
         };
         change(&mut settings);
         let grants: Grants = grants.iter().map(|(name, what)| (node(name), what.parse().unwrap())).collect();
+        let limits = StreamLimits { total: MAX_STREAMS, per_caller: None };
         let registry = Registry::new(LinkLimits { total: 4, per_node: 4 }, metrics());
         let (grants, alone) = (SharedGrants::new(grants), (Arc::new(Memory) as Arc<dyn Directory>, None));
-        let router = Router::new(registry.clone(), grants, alone, DIAL_TIMEOUT, MAX_STREAMS, metrics());
+        let router = Router::new(registry.clone(), grants, alone, DIAL_TIMEOUT, limits, metrics());
         let (draining, stopping) = (CancellationToken::new(), CancellationToken::new());
         let ingress = Ingress::new(settings, router, metrics(), draining.clone(), stopping.clone());
         let edge = TestLink::with(link).await;
@@ -88,6 +89,21 @@ impl Site {
     /// The edge refuses the next stream.
     async fn edge_refuses(&mut self, code: RefusalCode, text: &str) {
         self.edge.pending().await.refuse(code, text).await.unwrap();
+    }
+}
+
+#[test]
+fn callers_are_counted_by_name_or_address_and_unix_clients_as_one() {
+    let process = |uid, pid| PeerAddr::Unix { uid, pid }.to_string();
+    for (caller, counted) in [
+        ("kube-apiserver", "kube-apiserver"),
+        ("spiffe://example/prometheus:9", "spiffe://example/prometheus:9"),
+        ("10.0.0.9:40000", "10.0.0.9"),
+        ("[fd00::9]:40000", "[fd00::9]"),
+        (&process(0, Some(7)), "unix"),
+        (&process(1000, None), "unix"),
+    ] {
+        assert_eq!(Caller::told_by_peer(caller).counted_as(), counted);
     }
 }
 

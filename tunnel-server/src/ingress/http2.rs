@@ -2,6 +2,12 @@
 //!
 //! Uses `h2` directly, because ends must be exact: `END_STREAM` is an end of file, `RST_STREAM` a failure. Extended
 //! CONNECT (RFC 8441) is not announced; `h2` resets a stream that uses it all the same.
+//!
+//! A connection carries streams to many nodes, so nothing that one node, one target or one stall does may end it: each of
+//! `h2`'s limits is set for all streams at once, and what `h2` would count for ever is bounded by [`Allowance`] instead.
+
+mod allowance;
+mod frames;
 
 use std::{
     future::poll_fn,
@@ -26,7 +32,8 @@ use tracing::{debug, warn};
 use tunnel_core::{Aborted, Leg, Lost};
 use tunnel_edge::daemon::tasks::TaskSet;
 
-use super::{Asked, Client, Ingress, Protocol, reply::Refusal};
+use self::{allowance::Allowance, frames::Watched};
+use super::{Asked, Client, Ingress, IngressSettings, Protocol, reply::Refusal};
 use crate::route::Request;
 
 /// How every HTTP/2 connection begins.
@@ -43,6 +50,10 @@ const CHUNK: usize = 64 * 1024;
 /// Heads longer than allowed by up to this factor are refused here, which is logged and counted; `h2` refuses what is
 /// longer still by itself, and does not tell.
 const HEAD_SLACK: usize = 4;
+/// How long `h2` remembers which streams it has reset, and so ignores what the client had sent before it heard.
+const LATE: Duration = Duration::from_secs(10);
+/// How long a client is waited for to take the word that its connection ends.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// A connection is probed this often, and dead if the answer takes as long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// A connection without a stream is closed after this many probes.
@@ -51,18 +62,10 @@ const IDLE_PROBES: u32 = 10;
 /// Serves a connection until it ends.
 pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client) {
     let settings = &ingress.settings;
-    let mut builder = Builder::new();
-    builder
-        .max_concurrent_streams(settings.max_streams)
-        .max_header_list_size(
-            u32::try_from(settings.max_header_size.saturating_mul(HEAD_SLACK)).unwrap_or(u32::MAX),
-        )
-        .initial_window_size(STREAM_WINDOW)
-        // Room for all streams at once: else those that are read slowly would use it up for all others.
-        .initial_connection_window_size(settings.max_streams.saturating_mul(STREAM_WINDOW).min(MAX_WINDOW))
-        .max_send_buffer_size(SEND_BUFFER);
-    match timeout(settings.header_timeout, builder.handshake(conn)).await {
-        Ok(Ok(connection)) => serve_connection(&ingress, connection, &client).await,
+    let allowance = Arc::new(Allowance::new(settings.max_streams));
+    let conn = Watched::new(conn, allowance.clone());
+    match timeout(settings.header_timeout, builder(settings).handshake(conn)).await {
+        Ok(Ok(connection)) => serve_connection(&ingress, connection, &client, &allowance).await,
         Ok(Err(error)) => lost(&ingress, &client, &error),
         Err(_) => {
             if ingress.metrics.lines.admit("http2_timed_out", client.peer.source()) {
@@ -73,22 +76,52 @@ pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client
     }
 }
 
+fn builder(settings: &IngressSettings) -> Builder {
+    let max_streams = settings.max_streams;
+    let burst = Allowance::burst(max_streams);
+    let max_head = settings.max_header_size.saturating_mul(HEAD_SLACK);
+    // Room for all streams at once: else those that are read slowly would use it up for all others.
+    let window = max_streams.saturating_mul(STREAM_WINDOW).min(MAX_WINDOW);
+    let mut builder = Builder::new();
+    builder
+        .max_concurrent_streams(max_streams)
+        .max_header_list_size(u32::try_from(max_head).unwrap_or(u32::MAX))
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(window)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(burst)
+        .reset_stream_duration(LATE)
+        .max_pending_accept_reset_streams(burst)
+        // It counts as long as the connection lives.
+        .max_local_error_reset_streams(None);
+    builder
+}
+
 async fn serve_connection<C: Leg>(
     ingress: &Arc<Ingress>,
-    mut connection: Connection<C, Bytes>,
+    mut connection: Connection<Watched<C>, Bytes>,
     client: &Client,
+    allowance: &Arc<Allowance>,
 ) {
     let mut streams = TaskSet::new("an HTTP/2 stream", &ingress.metrics.panics);
     let mut keepalive = Keepalive::new(connection.ping_pong());
     let (mut leaving, mut idle_probes) = (false, 0);
     loop {
         tokio::select! {
-            // Ended streams make room for new ones; leaving waits for what has arrived; probing can wait.
+            // Ended streams make room for new ones; who does too much gets no more of them; leaving waits for what has
+            // arrived; probing can wait.
             biased;
             Some(()) = streams.next_ended() => {}
+            () = allowance.exceeded() => {
+                flooded(ingress, client, "it gave up, or spoiled, too many requests in a short time");
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                let _ = timeout(FAREWELL, poll_fn(|cx| connection.poll_closed(cx))).await;
+                break;
+            }
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    streams.spawn(serve_stream(ingress.clone(), client.clone(), request, respond));
+                    let (ingress, allowance) = (ingress.clone(), allowance.clone());
+                    streams.spawn(serve_stream(ingress, client.clone(), allowance, request, respond));
                 }
                 Some(Err(error)) => {
                     lost(ingress, client, &error);
@@ -123,12 +156,20 @@ async fn serve_connection<C: Leg>(
 fn lost(ingress: &Ingress, client: &Client, error: &h2::Error) {
     if error.is_io() || error.is_remote() {
         debug!(peer = %client.peer, %error, "the HTTP/2 connection ended");
+    } else if error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+        flooded(ingress, client, &error.to_string());
     } else {
         if ingress.metrics.lines.admit("http2_broken", client.peer.source()) {
             warn!(peer = %client.peer, %error, "the HTTP/2 connection was ended: the client broke the protocol");
         }
         ingress.metrics.replied(Protocol::Http2.label(), 400, "malformed");
     }
+}
+
+fn flooded(ingress: &Ingress, client: &Client, cause: &str) {
+    warn!(peer = %client.peer, client = client.names.first(), cause,
+          "the HTTP/2 connection was ended: the client asked too much of it");
+    ingress.metrics.replied(Protocol::Http2.label(), 429, "flooded");
 }
 
 /// Finds out whether a connection is alive.
@@ -172,6 +213,7 @@ impl Keepalive {
 async fn serve_stream(
     ingress: Arc<Ingress>,
     client: Client,
+    allowance: Arc<Allowance>,
     request: http::Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
@@ -179,7 +221,7 @@ async fn serve_stream(
     let asked = ingress.identify(asked(&head));
     let request = match judge(&ingress, &client, &head, &asked) {
         Ok(request) => request,
-        Err(refusal) => return refuse(&ingress, respond, &client, &asked, &refusal),
+        Err(refusal) => return refuse(&ingress, respond, &client, &allowance, &asked, &refusal),
     };
     let gone = async {
         // However it is gone, nobody waits any more.
@@ -187,8 +229,8 @@ async fn serve_stream(
     };
     let routed = match ingress.connect(Protocol::Http2, &request, gone).await {
         Some(Ok(routed)) => routed,
-        Some(Err(refusal)) => return refuse(&ingress, respond, &client, &asked, &refusal),
-        None => return,
+        Some(Err(refusal)) => return refuse(&ingress, respond, &client, &allowance, &asked, &refusal),
+        None => return allowance.charge(),
     };
     match respond.send_response(Response::new(()), false) {
         Ok(send) => {
@@ -196,6 +238,7 @@ async fn serve_stream(
         }
         Err(error) => {
             debug!(request = request.id, %error, "the client went away as the target was connected");
+            allowance.charge();
         }
     }
 }
@@ -230,6 +273,7 @@ fn refuse(
     ingress: &Ingress,
     mut respond: SendResponse<Bytes>,
     client: &Client,
+    allowance: &Allowance,
     asked: &Asked,
     refusal: &Refusal,
 ) {
@@ -240,9 +284,10 @@ fn refuse(
         response = response.header(name, value);
     }
     let Ok(response) = response.body(()) else { return respond.send_reset(Reason::INTERNAL_ERROR) };
-    // Failure means that the client is gone.
-    if let Ok(mut send) = respond.send_response(response, false) {
-        let _ = send.send_data(body.into(), true);
+    match respond.send_response(response, false) {
+        Ok(mut send) => _ = send.send_data(body.into(), true),
+        // The client is gone.
+        Err(_) => allowance.charge(),
     }
 }
 

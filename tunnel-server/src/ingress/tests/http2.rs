@@ -23,13 +23,16 @@ async fn client(site: &Site) -> SendRequest<Bytes> {
     send.ready().await.unwrap()
 }
 
-fn connect(client: &mut SendRequest<Bytes>, authority: &str) -> (ResponseFuture, SendStream<Bytes>) {
+pub(super) fn connect(
+    client: &mut SendRequest<Bytes>,
+    authority: &str,
+) -> (ResponseFuture, SendStream<Bytes>) {
     let request = Request::builder().method(Method::CONNECT).uri(authority).body(()).unwrap();
     client.send_request(request, false).unwrap()
 }
 
 /// A connected stream: how the client sends, how it receives, and the edge's side.
-async fn connected(
+pub(super) async fn connected(
     site: &mut Site,
     client: &mut SendRequest<Bytes>,
 ) -> (SendStream<Bytes>, RecvStream, TunnelStream) {
@@ -42,7 +45,7 @@ async fn connected(
     (send, response.into_body(), edge)
 }
 
-async fn text(mut body: RecvStream) -> Result<String, h2::Error> {
+pub(super) async fn text(mut body: RecvStream) -> Result<String, h2::Error> {
     let mut bytes = Vec::new();
     while let Some(piece) = body.data().await {
         let piece = piece?;

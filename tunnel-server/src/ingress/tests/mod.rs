@@ -1,5 +1,6 @@
 //! The ingress as its clients see it, with a real link behind it whose edge is the test.
 
+mod budgets;
 mod http1;
 mod http2;
 
@@ -20,7 +21,7 @@ use crate::{
 };
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-const MAX_STREAMS: usize = 16;
+const MAX_STREAMS: usize = 400;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_HEADER: usize = 4096;
 

@@ -192,6 +192,10 @@ impl<T: Leg> Leg for ReadAhead<T> {
         self.connection.finish();
     }
 
+    fn received(&self) -> u64 {
+        self.received
+    }
+
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
         self.connection.poll_lost(cx)
     }

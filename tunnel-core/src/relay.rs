@@ -110,6 +110,12 @@ pub trait Leg: AsyncRead + AsyncWrite + Send + Unpin {
     /// Asked of each leg every [`TICK`], or sooner, for as long as the relay runs.
     fn vanished(&self) -> Option<io::Error>;
 
+    /// Bytes that have come from the far side and may not have been given to the reader, since something in between waits
+    /// for more of them: TLS, for a whole record. 0 where nothing does.
+    fn received(&self) -> u64 {
+        0
+    }
+
     /// What has arrived, if this leg has it in memory before it is read.
     fn arrived(&mut self) -> Option<&mut dyn Arrived> {
         None
@@ -148,6 +154,10 @@ impl<T: Leg> Leg for tokio_rustls::server::TlsStream<T> {
 
     fn finish(&mut self) {
         self.get_mut().0.finish();
+    }
+
+    fn received(&self) -> u64 {
+        self.get_ref().0.received()
     }
 
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
@@ -204,6 +214,10 @@ impl<T: Leg + ?Sized> Leg for Box<T> {
 
     fn poll_confirmed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         (**self).poll_confirmed(cx)
+    }
+
+    fn received(&self) -> u64 {
+        (**self).received()
     }
 
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {

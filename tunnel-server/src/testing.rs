@@ -2,7 +2,7 @@
 
 use std::{
     fmt::{self, Write as _},
-    io,
+    io::{self, IoSlice},
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
@@ -103,7 +103,12 @@ pub(crate) struct TestLeg {
 impl TestLeg {
     /// The gateway's side and the client's.
     pub(crate) fn pair() -> (Self, DuplexStream) {
-        let (near, far) = duplex(64 * 1024);
+        Self::pair_with(64 * 1024)
+    }
+
+    /// So many bytes may be on their way, each way.
+    pub(crate) fn pair_with(room: usize) -> (Self, DuplexStream) {
+        let (near, far) = duplex(room);
         (Self { io: near, aborted: Arc::default() }, far)
     }
 }
@@ -121,6 +126,18 @@ impl AsyncRead for TestLeg {
 impl AsyncWrite for TestLeg {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -105,6 +105,10 @@ impl<C: Leg> Leg for Rewound<C> {
         self.conn.finish();
     }
 
+    fn received(&self) -> u64 {
+        self.conn.received()
+    }
+
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
         self.conn.poll_lost(cx)
     }

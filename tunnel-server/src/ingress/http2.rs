@@ -32,7 +32,10 @@ use tracing::{debug, warn};
 use tunnel_core::{Aborted, Leg, Lost};
 use tunnel_edge::daemon::tasks::TaskSet;
 
-use self::{allowance::Allowance, frames::Watched};
+use self::{
+    allowance::Allowance,
+    frames::{Life, Watched},
+};
 use super::{Asked, Client, Ingress, IngressSettings, Protocol, reply::Refusal};
 use crate::route::Request;
 
@@ -54,7 +57,8 @@ const HEAD_SLACK: usize = 4;
 const LATE: Duration = Duration::from_secs(10);
 /// How long a client is waited for to take the word that its connection ends.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// A connection is probed this often, and dead if the answer takes as long.
+/// A connection is probed this often. It is dead if so long a time passes, while the answer is awaited, without a sign of
+/// life.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// A connection without a stream is closed after this many probes.
 const IDLE_PROBES: u32 = 10;
@@ -63,9 +67,13 @@ const IDLE_PROBES: u32 = 10;
 pub(super) async fn serve<C: Leg>(ingress: Arc<Ingress>, conn: C, client: Client) {
     let settings = &ingress.settings;
     let allowance = Arc::new(Allowance::new(settings.max_streams));
-    let conn = Watched::new(conn, allowance.clone());
+    let life = Arc::<Life>::default();
+    let conn = Watched::new(conn, allowance.clone(), life.clone());
     match timeout(settings.header_timeout, builder(settings).handshake(conn)).await {
-        Ok(Ok(connection)) => serve_connection(&ingress, connection, &client, &allowance).await,
+        Ok(Ok(mut connection)) => {
+            let keepalive = Keepalive::new(connection.ping_pong(), life);
+            serve_connection(&ingress, connection, keepalive, &client, &allowance).await;
+        }
         Ok(Err(error)) => lost(&ingress, &client, &error),
         Err(_) => {
             if ingress.metrics.lines.admit("http2_timed_out", client.peer.source()) {
@@ -100,11 +108,11 @@ fn builder(settings: &IngressSettings) -> Builder {
 async fn serve_connection<C: Leg>(
     ingress: &Arc<Ingress>,
     mut connection: Connection<Watched<C>, Bytes>,
+    mut keepalive: Keepalive,
     client: &Client,
     allowance: &Arc<Allowance>,
 ) {
     let mut streams = TaskSet::new("an HTTP/2 stream", &ingress.metrics.panics);
-    let mut keepalive = Keepalive::new(connection.ping_pong());
     let (mut leaving, mut idle_probes) = (false, 0);
     loop {
         tokio::select! {
@@ -137,7 +145,10 @@ async fn serve_connection<C: Leg>(
                 idle_probes = if streams.is_empty() { idle_probes + 1 } else { 0 };
                 if !alive {
                     if ingress.metrics.lines.admit("http2_dead", client.peer.source()) {
-                        warn!(peer = %client.peer, "the HTTP/2 connection is dead: its probe was not answered");
+                        warn!(
+                            peer = %client.peer,
+                            "the HTTP/2 connection is dead: its probe was not answered, and nothing else came"
+                        );
                     }
                     break;
                 }
@@ -167,8 +178,10 @@ fn lost(ingress: &Ingress, client: &Client, error: &h2::Error) {
 }
 
 fn flooded(ingress: &Ingress, client: &Client, cause: &str) {
-    warn!(peer = %client.peer, client = client.names.first(), cause,
-          "the HTTP/2 connection was ended: the client asked too much of it");
+    if ingress.metrics.lines.admit("http2_flooded", client.peer.source()) {
+        warn!(peer = %client.peer, client = client.names.first(), cause,
+              "the HTTP/2 connection was ended: the client asked too much of it");
+    }
     ingress.metrics.replied(Protocol::Http2.label(), 429, "flooded");
 }
 
@@ -177,16 +190,19 @@ struct Keepalive {
     pings: Option<PingPong>,
     due: Interval,
     waiting: bool,
+    life: Arc<Life>,
+    /// Its signs at the last probe.
+    seen: u64,
 }
 
 impl Keepalive {
-    fn new(pings: Option<PingPong>) -> Self {
+    fn new(pings: Option<PingPong>, life: Arc<Life>) -> Self {
         let mut due = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { pings, due, waiting: false }
+        Self { pings, due, waiting: false, life, seen: 0 }
     }
 
-    /// Waits until the next probe is due; whether the last one was answered. Cancel-safe.
+    /// Waits until the next probe is due; whether the client has lived since the last one. Cancel-safe.
     async fn probed(&mut self) -> bool {
         let Some(pings) = &mut self.pings else { return std::future::pending().await };
         loop {
@@ -200,9 +216,12 @@ impl Keepalive {
                     }
                 }
                 _ = self.due.tick() => {
-                    let answered = !self.waiting;
+                    let seen = std::mem::replace(&mut self.seen, self.life.signs());
+                    if self.waiting {
+                        return seen != self.seen;
+                    }
                     self.waiting = pings.send_ping(Ping::opaque()).is_ok();
-                    return answered;
+                    return true;
                 }
             }
         }

@@ -109,6 +109,12 @@ fn source(peer: PeerAddr) -> IpAddr {
 }
 
 impl Guest {
+    /// For tests of what is behind the doors: one that nobody asks.
+    #[cfg(test)]
+    pub(crate) fn at_an_open_door() -> Self {
+        Self { places: Places::open(1), seat: None, place: None, since: Instant::now() }
+    }
+
     /// When all that shows who it is must have come, if that may take so long.
     pub(super) fn deadline(&self, limit: Duration) -> Instant {
         self.since + limit

@@ -3,17 +3,23 @@
 //! enough, so that bound is off, and [`Allowance`] is charged for them instead.
 //!
 //! What such resets cost is bounded here too: while nothing can be written, they wait in memory, and only so many frames
-//! are read. Used by `http2` alone.
+//! are read. And here it is seen whether the client lives ([`Life`]), which does not depend on whole frames. Used by
+//! `http2` alone.
 
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker, ready},
 };
 
 use h2::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use tunnel_core::Leg;
 
 use super::{PREFACE, allowance::Allowance};
 
@@ -29,9 +35,28 @@ const CODE: usize = 4;
 const NOT_THE_CLIENTS: [Reason; 5] =
     [Reason::NO_ERROR, Reason::CANCEL, Reason::INTERNAL_ERROR, Reason::CONNECT_ERROR, Reason::STREAM_CLOSED];
 
+/// Counts signs of life of a client: bytes that have come, below TLS too, and room for more of ours where there was none,
+/// which it makes by taking what was sent. On a slow way, its answer to a probe has to wait for both.
+#[derive(Debug, Default)]
+pub(super) struct Life(AtomicU64);
+
+impl Life {
+    pub(super) fn signs(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// For one task at a time.
+    fn note(&self) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+}
+
 /// A connection whose frames are looked at.
 pub(super) struct Watched<C> {
     conn: C,
+    life: Arc<Life>,
+    /// What had come when that was last looked at, below TLS.
+    below: u64,
     received: Frames,
     sent: Frames,
     allowance: Arc<Allowance>,
@@ -44,9 +69,11 @@ pub(super) struct Watched<C> {
 }
 
 impl<C> Watched<C> {
-    pub(super) fn new(conn: C, allowance: Arc<Allowance>) -> Self {
+    pub(super) fn new(conn: C, allowance: Arc<Allowance>, life: Arc<Life>) -> Self {
         Self {
             conn,
+            life,
+            below: 0,
             received: Frames { skip: PREFACE.len(), ..Frames::default() },
             sent: Frames::default(),
             allowance,
@@ -67,8 +94,11 @@ impl<C> Watched<C> {
 
     /// What a write or a flush came to.
     fn settle<T>(&mut self, polled: Poll<T>) -> Poll<T> {
-        self.blocked = polled.is_pending();
+        let was_blocked = std::mem::replace(&mut self.blocked, polled.is_pending());
         if !self.blocked {
+            if was_blocked {
+                self.life.note();
+            }
             self.unanswered = 0;
             if let Some(reader) = self.reader.take() {
                 reader.wake();
@@ -78,7 +108,7 @@ impl<C> Watched<C> {
     }
 }
 
-impl<C: AsyncRead + Unpin> AsyncRead for Watched<C> {
+impl<C: Leg> AsyncRead for Watched<C> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -96,7 +126,13 @@ impl<C: AsyncRead + Unpin> AsyncRead for Watched<C> {
             return Poll::Pending;
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.conn).poll_read(cx, buf))?;
+        let read = Pin::new(&mut this.conn).poll_read(cx, buf);
+        let below = this.conn.received();
+        if buf.filled().len() > before || below != this.below {
+            this.below = below;
+            this.life.note();
+        }
+        ready!(read)?;
         let mut bytes = &buf.filled()[before..];
         while this.received.next(&mut bytes).is_some() {
             this.unanswered += 1;
@@ -105,7 +141,7 @@ impl<C: AsyncRead + Unpin> AsyncRead for Watched<C> {
     }
 }
 
-impl<C: AsyncWrite + Unpin> AsyncWrite for Watched<C> {
+impl<C: Leg> AsyncWrite for Watched<C> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         let written = Pin::new(&mut this.conn).poll_write(cx, bytes);
@@ -205,9 +241,10 @@ impl Frames {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::testing::TestLeg;
 
     fn frame(kind: u8, body: &[u8]) -> Vec<u8> {
         let mut frame = u32::try_from(body.len()).unwrap().to_be_bytes()[1..].to_vec();
@@ -229,7 +266,7 @@ mod tests {
             frame(0, b""),
             frame(RST_STREAM, b"of a length that it must not have"),
             reset(Reason::PROTOCOL_ERROR),
-            frame(0, &[0; 70_000]),
+            frame(0, &vec![0; 70_000]),
             reset(Reason::STREAM_CLOSED),
         ];
         let none = Frame { reset: None };
@@ -260,8 +297,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_resets_that_are_the_clients_fault_are_charged() {
         let allowance = Arc::new(Allowance::new(1));
-        let (near, mut far) = duplex(1 << 20);
-        let mut conn = Watched::new(near, allowance.clone());
+        let (near, mut far) = TestLeg::pair_with(1 << 20);
+        let mut conn = Watched::new(near, allowance.clone(), Arc::default());
         let burst = Allowance::burst(1);
         let exceeded = async |allowance: &Allowance| {
             tokio::time::timeout(std::time::Duration::from_millis(1), allowance.exceeded()).await.is_ok()
@@ -287,8 +324,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_for_ever() {
-        let (near, mut far) = duplex(HEAD + CODE);
-        let mut conn = Watched::new(near, Arc::new(Allowance::new(1)));
+        let (near, mut far) = TestLeg::pair_with(HEAD + CODE);
+        let mut conn = Watched::new(near, Arc::new(Allowance::new(1)), Arc::default());
         // What is written first is no frame.
         far.write_all(&PREFACE[..4]).await.unwrap();
         let talking = tokio::spawn(async move {

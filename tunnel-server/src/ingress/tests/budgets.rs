@@ -186,11 +186,12 @@ async fn requests_given_up_in_a_stall_take_nothing_with_them() {
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
-const PING: u8 = 6;
+pub(super) const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+pub(super) const WINDOW_UPDATE: u8 = 8;
 const END_HEADERS: u8 = 4;
 
-fn frame(out: &mut BytesMut, kind: u8, flags: u8, stream: u32, body: &[u8]) {
+pub(super) fn frame(out: &mut BytesMut, kind: u8, flags: u8, stream: u32, body: &[u8]) {
     out.put_slice(&u32::try_from(body.len()).unwrap().to_be_bytes()[1..]);
     out.put_u8(kind);
     out.put_u8(flags);
@@ -199,10 +200,16 @@ fn frame(out: &mut BytesMut, kind: u8, flags: u8, stream: u32, body: &[u8]) {
 }
 
 /// A connection's beginning.
-fn beginning() -> BytesMut {
+pub(super) fn beginning() -> BytesMut {
     let mut out = BytesMut::from(PREFACE);
     frame(&mut out, SETTINGS, 0, 0, &[]);
     out
+}
+
+/// A request for the kubelet of `edge-a`, as HPACK literals without indexing (RFC 7541, section 6.2.2).
+pub(super) fn request(out: &mut BytesMut, stream: u32) {
+    let block = b"\0\x07:method\x07CONNECT\0\x0a:authority\x0cedge-a:10250";
+    frame(out, HEADERS, END_HEADERS, stream, block);
 }
 
 /// A request without a method, which `h2` resets by itself.

@@ -3,6 +3,7 @@
 mod budgets;
 mod http1;
 mod http2;
+mod life;
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -43,8 +43,8 @@ const MAX_CLIENT_HELLO: usize = 16 * 1024;
 /// How much a client may send until it has shown who it is: its first message, and its chain of certificates.
 pub(crate) const MAX_HANDSHAKE: usize = 2 * MAX_CLIENT_HELLO;
 /// How long, and for how many bytes, a refused connection is read on, so that a reset does not overtake the refusal.
-const FAREWELL: Duration = Duration::from_secs(1);
-const FAREWELL_BYTES: usize = 256 * 1024;
+pub(crate) const FAREWELL: Duration = Duration::from_secs(1);
+pub(crate) const FAREWELL_BYTES: usize = 256 * 1024;
 
 /// The part of an IPv6 address that is one customer's network.
 const NETWORK: u128 = u128::MAX << 64;

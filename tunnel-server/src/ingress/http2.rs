@@ -37,7 +37,7 @@ use self::{
     frames::{Life, Watched},
 };
 use super::{Asked, Client, Ingress, IngressSettings, Protocol, reply::Refusal};
-use crate::route::Request;
+use crate::{listener::FAREWELL, route::Request};
 
 /// How every HTTP/2 connection begins.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -55,8 +55,6 @@ const CHUNK: usize = 64 * 1024;
 const HEAD_SLACK: usize = 4;
 /// How long `h2` remembers which streams it has reset, and so ignores what the client had sent before it heard.
 const LATE: Duration = Duration::from_secs(10);
-/// How long a client is waited for to take the word that its connection ends.
-const FAREWELL: Duration = Duration::from_secs(1);
 /// A connection is probed this often. It is dead if so long a time passes, while the answer is awaited, without a sign of
 /// life.
 const KEEPALIVE: Duration = Duration::from_secs(30);

@@ -17,11 +17,15 @@ use std::{
 };
 
 use h2::Reason;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep},
+};
 
 use tunnel_core::Leg;
 
 use super::{PREFACE, allowance::Allowance};
+use crate::listener::{FAREWELL, FAREWELL_BYTES};
 
 /// Frames that are read before the next write. Each may need an answer.
 const READ_BEFORE_WRITE: usize = 4096;
@@ -66,6 +70,10 @@ pub(super) struct Watched<C> {
     blocked: bool,
     /// Who waits for it, to read on.
     reader: Option<Waker>,
+    /// Runs once the client was told that no more bytes come: until then it is heard.
+    farewell: Option<Pin<Box<Sleep>>>,
+    /// Bytes that came since then.
+    unread: usize,
 }
 
 impl<C> Watched<C> {
@@ -80,6 +88,8 @@ impl<C> Watched<C> {
             unanswered: 0,
             blocked: false,
             reader: None,
+            farewell: None,
+            unread: 0,
         }
     }
 
@@ -176,8 +186,26 @@ impl<C: Leg> AsyncWrite for Watched<C> {
         self.settle(flushed)
     }
 
+    /// Tells the client that no more bytes come, and reads on until it has said the same, for a bounded time: closing with
+    /// unread bytes would send a reset, which overtakes the last frames.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_shutdown(cx)
+        let this = &mut *self;
+        if this.farewell.is_none() {
+            ready!(Pin::new(&mut this.conn).poll_shutdown(cx))?;
+        }
+        let due = this.farewell.get_or_insert_with(|| Box::pin(sleep(FAREWELL)));
+        if due.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        let mut bytes = [0; 4096];
+        loop {
+            let mut some = ReadBuf::new(&mut bytes);
+            let read = ready!(Pin::new(&mut this.conn).poll_read(cx, &mut some));
+            this.unread += some.filled().len();
+            if read.is_err() || some.filled().is_empty() || this.unread > FAREWELL_BYTES {
+                return Poll::Ready(Ok(()));
+            }
+        }
     }
 }
 
@@ -241,7 +269,13 @@ impl Frames {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+        task::JoinHandle,
+        time::Instant,
+    };
 
     use super::*;
     use crate::testing::TestLeg;
@@ -301,7 +335,7 @@ mod tests {
         let mut conn = Watched::new(near, allowance.clone(), Arc::default());
         let burst = Allowance::burst(1);
         let exceeded = async |allowance: &Allowance| {
-            tokio::time::timeout(std::time::Duration::from_millis(1), allowance.exceeded()).await.is_ok()
+            tokio::time::timeout(Duration::from_millis(1), allowance.exceeded()).await.is_ok()
         };
         for reason in NOT_THE_CLIENTS {
             conn.write_all(&reset(reason).repeat(burst + 1)).await.unwrap();
@@ -362,5 +396,46 @@ mod tests {
         assert!(!reading.is_finished() && !talking.is_finished());
         talking.abort();
         reading.abort();
+    }
+
+    /// A connection that is being closed, and its client.
+    fn closing() -> (JoinHandle<io::Result<()>>, DuplexStream) {
+        let (near, far) = TestLeg::pair();
+        let mut conn = Watched::new(near, Arc::new(Allowance::new(1)), Arc::default());
+        (tokio::spawn(async move { conn.shutdown().await }), far)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_closed_is_read_until_its_client_ends() {
+        let (closed, mut client) = closing();
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+        for _ in 0..9 {
+            client.write_all(&frame(6, b"12345678")).await.unwrap();
+            sleep(FAREWELL / 10).await;
+            assert!(!closed.is_finished());
+        }
+        client.shutdown().await.unwrap();
+        let ended = Instant::now();
+        closed.await.unwrap().unwrap();
+        assert_eq!(ended.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_end_is_heard_for_a_bounded_time_and_a_bounded_number_of_bytes() {
+        let (closed, client) = closing();
+        let begun = Instant::now();
+        closed.await.unwrap().unwrap();
+        assert!((FAREWELL..FAREWELL * 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        drop(client);
+
+        let (closed, mut client) = closing();
+        let (begun, mut sent) = (Instant::now(), 0);
+        while !closed.is_finished() {
+            client.write_all(&[0; 1024]).await.unwrap();
+            sent += 1024;
+            tokio::task::yield_now().await;
+        }
+        assert!((FAREWELL_BYTES..=FAREWELL_BYTES + 128 * 1024).contains(&sent), "{sent}");
+        assert!(begun.elapsed() < FAREWELL);
     }
 }

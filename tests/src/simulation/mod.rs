@@ -1,7 +1,7 @@
 //! One run of one or two real gateways and two real edges on a simulated network, in simulated time, all from one seed.
 //!
 //! The hosts: the gateways, two edges whose kubelets have the same address, a control plane that makes requests, and
-//! strangers who send garbage. [`crate::plan`] says what happens when; [`faults`] and [`control_plane`] carry it out, and
+//! strangers who send garbage. [`crate::plan`] says what happens when; `faults` and `control_plane` carry it out, and
 //! the latter judges:
 //!
 //! 1. bytes: every transfer is whole, or both its ends could tell that it was not ([`crate::workload`]);
@@ -13,7 +13,7 @@
 //!
 //! In calm weather, where links are slow at worst and processes are only told to stop, more is promised: whatever has
 //! begun comes out whole, and what an edge calls a clean end is one. When all is over, both nodes must be reachable again,
-//! and no program may hold more than before it began ([`leaks`]).
+//! and no program may hold more than before it began (`leaks`).
 
 mod control_plane;
 mod faults;

@@ -1,5 +1,5 @@
 //! Logs: one line per event on standard error, for people or for machines. A log that cannot be written neither stops
-//! nor ends the process ([`queue`]), and nothing that stands in a line breaks it ([`format`](mod@format)).
+//! nor ends the process (`queue`), and nothing that stands in a line breaks it (`format`).
 
 mod format;
 pub mod limit;

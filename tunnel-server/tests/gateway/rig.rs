@@ -165,13 +165,18 @@ impl Running {
 
     /// Waits until a line of the metrics is there.
     pub(crate) async fn measured(&self, line: &str) {
+        self.measured_any(&[line.to_owned()]).await;
+    }
+
+    /// Waits until one of these lines of the metrics is there.
+    pub(crate) async fn measured_any(&self, lines: &[String]) {
         let looking = async {
-            while !self.metrics().lines().any(|known| known == line) {
+            while !self.metrics().lines().any(|known| lines.iter().any(|line| line == known)) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
         let found = timeout(PATIENCE, looking).await;
-        assert!(found.is_ok(), "no {line:?} in\n{}", self.metrics());
+        assert!(found.is_ok(), "none of {lines:?} in\n{}", self.metrics());
     }
 
     /// A connected stream: the client's side, and the edge's.

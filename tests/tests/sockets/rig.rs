@@ -192,6 +192,8 @@ impl Rig {
     fn run_gateway(&self, edges: TcpListener, ingress: TcpListener) -> Party {
         let settings = GatewaySettings {
             link: LinkConfig::default(),
+            // All streams of a link are one client's here.
+            max_streams_per_caller: None,
             // A thousand handshakes at once take their time.
             handshake_timeout: LIMIT,
             drain_timeout: DRAIN_TIMEOUT,

@@ -3,8 +3,9 @@
 //! Uses `h2` directly, because ends must be exact: `END_STREAM` is an end of file, `RST_STREAM` a failure. Extended
 //! CONNECT (RFC 8441) is not announced; `h2` resets a stream that uses it all the same.
 //!
-//! A connection carries streams to many nodes, so nothing that one node, one target or one stall does may end it: each of
-//! `h2`'s limits is set for all streams at once, and what `h2` would count for ever is bounded by [`Allowance`] instead.
+//! A connection carries streams to many nodes, so nothing that one node, one target or one stall should end it: `h2`'s
+//! limits on resets are set for all streams at once, and what `h2` would count for ever is bounded by [`Allowance`] instead.
+//! Its budget of small DATA frames is still its own: a target that reads none of very many can use it up.
 
 mod allowance;
 mod frames;

@@ -8,17 +8,21 @@
 mod places;
 
 use std::{
-    fmt, fs, io,
+    fmt, fs,
+    future::poll_fn,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use rustls::server::Acceptor;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncWriteExt, ReadBuf},
     net::{TcpListener, UnixListener},
     sync::OwnedSemaphorePermit,
     time::{Instant, timeout, timeout_at},
@@ -387,22 +391,30 @@ async fn of_its_protocol<C: Leg + 'static>(
 }
 
 /// Closes a connection whose last words are written, so that they arrive: the end of file goes out, and what still
-/// comes in is read for a while. Closing with unread bytes would send a reset, which overtakes what was written.
+/// comes in is read for a while.
 pub(crate) async fn say_farewell<C: Leg>(mut conn: C) {
     let farewell = async {
-        if conn.shutdown().await.is_err() {
-            return;
-        }
-        let mut scratch = vec![0; 4096];
-        let mut read = 0;
-        while read < FAREWELL_BYTES {
-            match conn.read(&mut scratch).await {
-                Ok(0) | Err(_) => break,
-                Ok(some) => read += some,
-            }
+        if conn.shutdown().await.is_ok() {
+            let mut read = 0;
+            poll_fn(|cx| poll_hear_out(&mut conn, cx, &mut read)).await;
         }
     };
     let _ = timeout(FAREWELL, farewell).await;
+}
+
+/// Reads a connection to which the end of file has gone out until its far side has ended as well, or has sent enough.
+/// Closing with unread bytes would send a reset, which overtakes what was written. Its caller has a time limit.
+pub(crate) fn poll_hear_out(conn: &mut impl Leg, cx: &mut Context<'_>, read: &mut usize) -> Poll<()> {
+    let mut bytes = [0; 4096];
+    while *read < FAREWELL_BYTES {
+        let mut some = ReadBuf::new(&mut bytes);
+        let result = ready!(Pin::new(&mut *conn).poll_read(cx, &mut some));
+        if result.is_err() || some.filled().is_empty() {
+            break;
+        }
+        *read += some.filled().len();
+    }
+    Poll::Ready(())
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ use tokio::{
 use tunnel_core::Leg;
 
 use super::{PREFACE, allowance::Allowance};
-use crate::listener::{FAREWELL, FAREWELL_BYTES};
+use crate::listener::{FAREWELL, poll_hear_out};
 
 /// Frames that are read before the next write. Each may need an answer.
 const READ_BEFORE_WRITE: usize = 4096;
@@ -186,26 +186,17 @@ impl<C: Leg> AsyncWrite for Watched<C> {
         self.settle(flushed)
     }
 
-    /// Tells the client that no more bytes come, and reads on until it has said the same, for a bounded time: closing with
-    /// unread bytes would send a reset, which overtakes the last frames.
+    /// Tells the client that no more bytes come, and hears it out for a bounded time: `h2` has no other end than this.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.farewell.is_none() {
             ready!(Pin::new(&mut this.conn).poll_shutdown(cx))?;
         }
         let due = this.farewell.get_or_insert_with(|| Box::pin(sleep(FAREWELL)));
-        if due.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ok(()));
+        if due.as_mut().poll(cx).is_pending() {
+            ready!(poll_hear_out(&mut this.conn, cx, &mut this.unread));
         }
-        let mut bytes = [0; 4096];
-        loop {
-            let mut some = ReadBuf::new(&mut bytes);
-            let read = ready!(Pin::new(&mut this.conn).poll_read(cx, &mut some));
-            this.unread += some.filled().len();
-            if read.is_err() || some.filled().is_empty() || this.unread > FAREWELL_BYTES {
-                return Poll::Ready(Ok(()));
-            }
-        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -278,7 +269,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::testing::TestLeg;
+    use crate::{listener::FAREWELL_BYTES, testing::TestLeg};
 
     fn frame(kind: u8, body: &[u8]) -> Vec<u8> {
         let mut frame = u32::try_from(body.len()).unwrap().to_be_bytes()[1..].to_vec();
